@@ -1,0 +1,27 @@
+"""One section per method; the ``name`` field tells them apart."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_unimm.config.base import Section
+from megatron_unimm.config.model import VisionHeadConfig
+
+
+class LossWeights(Section):
+    """Weights of eq. 4 of ORION (the paper's CE : MSE : KL)."""
+
+    cross_entropy: float = Field(1.0, ge=0)
+    mse: float = Field(1.0, ge=0)
+    kl: float = Field(0.01, ge=0)
+
+
+class OrionConfig(Section):
+    """ORION, decoupling and alignment (papers: Hu et al., ICLR 2026)."""
+
+    name: Literal["orion"] = "orion"
+    vision_head: VisionHeadConfig = VisionHeadConfig()
+    loss_weights: LossWeights = LossWeights()
+
+
+MethodConfig = OrionConfig

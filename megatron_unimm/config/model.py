@@ -1,0 +1,134 @@
+"""Model sections: what is built, independent of how it is spread over ranks."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_unimm.config.base import Section
+
+
+class MoEConfig(Section):
+    """Mixture-of-experts MLP of the backbone."""
+
+    num_experts: int = Field(gt=1)
+    """Number of routed experts per layer."""
+    top_k: int = Field(gt=0)
+    """Experts per token."""
+    expert_mlp_size: int = Field(gt=0)
+    """Hidden width of one expert."""
+    shared_expert_size: int = Field(0, ge=0)
+    """Hidden width of the fused shared expert; 0 for none."""
+    aux_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss."""
+    z_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the router z-loss."""
+    layer_frequency: int = Field(1, gt=0)
+    """One MoE layer every this many layers (1: all)."""
+
+
+class VisionEncoderConfig(Section):
+    """Qwen2.5-VL's vision tower: windowed and full attention blocks, 2-D rotary, a patch merger at the end."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_size: int = Field(gt=0)
+    patch_size: int = Field(14, gt=0)
+    """Side of a patch in pixels."""
+    temporal_patch_size: int = Field(2, gt=0)
+    """Frames per patch; a still image is repeated this often."""
+    spatial_merge_size: int = Field(2, gt=0)
+    """Patches per side that the merger joins to one visual token."""
+    window_size: int = Field(112, gt=0)
+    """Side of an attention window in pixels."""
+    full_attention_layers: list[int] = Field(default_factory=list)
+    """Zero-based layers with attention over the whole image; the others attend inside windows."""
+    in_channels: int = 3
+    out_size: int = Field(gt=0)
+    """Width of a visual token after the merger: the backbone's hidden size."""
+    norm_epsilon: float = 1e-6
+
+    @property
+    def token_pixels(self) -> int:
+        """Side in pixels of the square that one visual token covers."""
+        return self.patch_size * self.spatial_merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values in one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+class BackboneConfig(Section):
+    """A Qwen2.5-VL-like decoder: RMSNorm, GQA, SwiGLU (dense or MoE), multimodal rotary."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_size: int = Field(gt=0)
+    mlp_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding table, as published (padding included)."""
+    max_position: int = Field(32768, gt=0)
+    tie_embeddings: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    rope_theta: float = 1e6
+    mrope_sections: list[int]
+    """Frequencies for time, height and width; their sum is head_size / 2."""
+    mrope_interleaved: bool = False
+    """False: chunked sections (Qwen2.5-VL). True: interleaved (Qwen3-VL)."""
+    norm_epsilon: float = 1e-6
+    moe: MoEConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "BackboneConfig":
+        if sum(self.mrope_sections) * 2 != self.head_size:
+            raise ValueError(
+                f"mrope_sections {self.mrope_sections} sum to {sum(self.mrope_sections)}, but head_size {self.head_size} needs "
+                f"{self.head_size // 2}; make the sections sum to half the head size"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class TokenIds(Section):
+    """Special tokens of the tokenizer (defaults: Qwen2.5-VL)."""
+
+    pad: int = 151643
+    im_start: int = 151644
+    im_end: int = 151645
+    vision_start: int = 151652
+    vision_end: int = 151653
+    image_pad: int = 151655
+
+
+class ModelConfig(Section):
+    """The vision-language model."""
+
+    vision_encoder: VisionEncoderConfig
+    backbone: BackboneConfig
+    token_ids: TokenIds = TokenIds()
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.vision_encoder.out_size != self.backbone.hidden_size:
+            raise ValueError(
+                f"vision_encoder.out_size {self.vision_encoder.out_size} differs from backbone.hidden_size "
+                f"{self.backbone.hidden_size}; visual tokens enter the backbone as they are, make them equal"
+            )
+        return self
+
+
+class VisionHeadConfig(Section):
+    """Maps a hidden state to the next visual token (ORION, section 3.2 and appendix A.4)."""
+
+    kind: Literal["linear", "mlp", "q_former"] = "mlp"
+    expansion: int = Field(8, gt=0)
+    """Width of the MLP's hidden layer over its input width."""
+    num_layers: int = Field(2, gt=0)
+    """Self-attention layers of the Q-Former."""
+    num_heads: int = Field(8, gt=0)
+    """Heads of the Q-Former."""

@@ -1,0 +1,94 @@
+"""The typed sample, before and after tokenisation, and the packed row that the model reads.
+
+Layouts: L tokens of one sample, T tokens of a packed row, P patches, N images, V visual tokens (after the merger).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megatron_unimm.config.data import SampleKind
+
+IGNORED_LABEL = -100
+"""Label of a position without cross entropy."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. ``parts`` mixes text and indices into ``Sample.images``."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its images."""
+
+    id: str
+    kind: SampleKind
+    turns: tuple[Turn, ...]
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """A sample as the model sees it, alone.
+
+    An image stands as ``vision_start, V_i x image_pad, vision_end``. An image of an assistant turn is a target: the hidden states at
+    vision_start and at its visual tokens but the last predict its visual tokens 1..V_i.
+    """
+
+    id: str
+    kind: SampleKind
+    input_ids: np.ndarray
+    """int64 [L]."""
+    labels: np.ndarray
+    """int64 [L]: the token that position t predicts (already shifted), or IGNORED_LABEL."""
+    position_ids: np.ndarray
+    """int64 [3, L]: time, height, width, starting at 0."""
+    patches: np.ndarray
+    """float32 [P, patch_dim]: flattened patches of all images in order, normalised, in the Qwen processors' order."""
+    grids: np.ndarray
+    """int64 [N, 3]: patches along time, height, width of each image."""
+    is_target: np.ndarray
+    """bool [N]: whether the image is to be generated."""
+    visual_index: np.ndarray
+    """int64 [V]: positions of the image_pad tokens, in the order of the merged features of all images."""
+    predict_index: np.ndarray
+    """int64 [V_target]: positions whose hidden state predicts a visual token (visual_index - 1, target images only)."""
+    target_index: np.ndarray
+    """int64 [V_target]: rows of the merged features (0..V-1) that predict_index predicts."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Samples one after another in a row of fixed length; one micro-batch.
+
+    The fields of TokenizedSample, concatenated and shifted. The tail that no sample fills is a segment of its own (pad tokens, no
+    labels, positions counting up from 0), so that nothing attends across segments.
+    """
+
+    input_ids: np.ndarray
+    """int64 [T]."""
+    labels: np.ndarray
+    """int64 [T]."""
+    position_ids: np.ndarray
+    """int64 [3, T]."""
+    segment_bounds: tuple[int, ...]
+    """0 = first, T = last: sample i is [bounds[i], bounds[i + 1]); padding tail included as last segment if any."""
+    patches: np.ndarray
+    grids: np.ndarray
+    is_target: np.ndarray
+    visual_index: np.ndarray
+    predict_index: np.ndarray
+    target_index: np.ndarray
+    sample_ids: tuple[str, ...]
+    kinds: tuple[SampleKind, ...]
+    num_padding: int
+    """Tokens of the row that belong to no sample (padding inside segments included)."""
