@@ -1,8 +1,8 @@
 """Where samples come from, how they are mixed, and how images are sized."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_unimm.config.base import Section
 
@@ -40,6 +40,7 @@ class DataConfig(Section):
     """The data of a stage."""
 
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """By name. A stage, or the command line, leaves out an inherited source by setting it to null."""
     tokenizer: str = ""
     """Folder with the Hugging Face tokenizer; empty for the one saved with the checkpoint."""
     system_prompt: str = "You are a helpful assistant."
@@ -55,3 +56,10 @@ class DataConfig(Section):
     """Larger images are refused before decoding."""
     prefetch_workers: int = Field(2, ge=0)
     """Threads that read and decode ahead of the step."""
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, sources: Any) -> Any:
+        if isinstance(sources, dict):
+            return {name: source for name, source in sources.items() if source is not None}
+        return sources

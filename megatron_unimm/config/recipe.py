@@ -1,6 +1,6 @@
 """A recipe: named stages, each a full description of one training run."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import DataConfig
@@ -32,3 +32,22 @@ class Recipe(Section):
     name: str
     stages: dict[str, StageConfig] = Field(min_length=1)
     """Stages in the order in which they run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for key, stage in self.stages.items():
+            if stage.name != key:
+                raise ValueError(f"stage {key} calls itself {stage.name}; make them the same")
+            if stage.after is not None and stage.after not in self.stages:
+                raise ValueError(f"stages.{key}.after is {stage.after}, but the stages are {', '.join(self.stages)}")
+            if key in self.stages_before(stage.after):
+                raise ValueError(f"stages.{key}.after leads back to {key}; a chain of stages needs a first one (after: null)")
+        return self
+
+    def stages_before(self, name: str | None) -> list[str]:
+        """The chain of stages that leads to ``name``, last first and ``name`` itself included."""
+        chain: list[str] = []
+        while name is not None and name in self.stages and name not in chain:
+            chain.append(name)
+            name = self.stages[name].after
+        return chain
