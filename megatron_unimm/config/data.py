@@ -17,9 +17,9 @@ class SourceConfig(Section):
     images: str = ""
     """Folder that image paths are relative to; empty for the folder of the file."""
     kind: SampleKind
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
     """Share of the samples drawn, relative to the other sources."""
-    max_samples: int | None = Field(None, gt=0)
+    max_samples: int | None = Field(default=None, gt=0)
     """Take only the first this many."""
 
 
@@ -48,13 +48,13 @@ class DataConfig(Section):
     """Long side of images to be generated (Table 1, Gen resolution)."""
     understanding_size: ImageSizeConfig = ImageSizeConfig(min_side=56, max_side=1024)
     """Long side of images that are read (Table 1, Und resolution)."""
-    sequence_length: int = Field(4096, gt=0)
+    sequence_length: int = Field(default=4096, gt=0)
     """Tokens of one packed row, which is one micro-batch."""
     packing: bool = True
     """False puts one sample in a row."""
-    max_image_pixels: int = Field(64_000_000, gt=0)
+    max_image_pixels: int = Field(default=64_000_000, gt=0)
     """Larger images are refused before decoding."""
-    prefetch_workers: int = Field(2, ge=0)
+    prefetch_workers: int = Field(default=2, ge=0)
     """Threads that read and decode ahead of the step."""
 
     @field_validator("sources", mode="before")

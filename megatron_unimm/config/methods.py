@@ -11,9 +11,9 @@ from megatron_unimm.config.model import VisionHeadConfig
 class LossWeights(Section):
     """Weights of eq. 4 of ORION (the paper's CE : MSE : KL)."""
 
-    cross_entropy: float = Field(1.0, ge=0)
-    mse: float = Field(1.0, ge=0)
-    kl: float = Field(0.01, ge=0)
+    cross_entropy: float = Field(default=1.0, ge=0)
+    mse: float = Field(default=1.0, ge=0)
+    kl: float = Field(default=0.01, ge=0)
 
 
 class OrionConfig(Section):

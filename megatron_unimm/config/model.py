@@ -16,13 +16,13 @@ class MoEConfig(Section):
     """Experts per token."""
     expert_mlp_size: int = Field(gt=0)
     """Hidden width of one expert."""
-    shared_expert_size: int = Field(0, ge=0)
+    shared_expert_size: int = Field(default=0, ge=0)
     """Hidden width of the fused shared expert; 0 for none."""
-    aux_loss_coeff: float = Field(0.0, ge=0)
+    aux_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of the load-balancing loss."""
-    z_loss_coeff: float = Field(0.0, ge=0)
+    z_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of the router z-loss."""
-    layer_frequency: int = Field(1, gt=0)
+    layer_frequency: int = Field(default=1, gt=0)
     """One MoE layer every this many layers (1: all)."""
 
 
@@ -33,13 +33,13 @@ class VisionEncoderConfig(Section):
     hidden_size: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     mlp_size: int = Field(gt=0)
-    patch_size: int = Field(14, gt=0)
+    patch_size: int = Field(default=14, gt=0)
     """Side of a patch in pixels."""
-    temporal_patch_size: int = Field(2, gt=0)
+    temporal_patch_size: int = Field(default=2, gt=0)
     """Frames per patch; a still image is repeated this often."""
-    spatial_merge_size: int = Field(2, gt=0)
+    spatial_merge_size: int = Field(default=2, gt=0)
     """Patches per side that the merger joins to one visual token."""
-    window_size: int = Field(112, gt=0)
+    window_size: int = Field(default=112, gt=0)
     """Side of an attention window in pixels."""
     full_attention_layers: list[int] = Field(default_factory=list)
     """Zero-based layers with attention over the whole image; the others attend inside windows."""
@@ -70,7 +70,7 @@ class BackboneConfig(Section):
     mlp_size: int = Field(gt=0)
     vocab_size: int = Field(gt=0)
     """Rows of the embedding table, as published (padding included)."""
-    max_position: int = Field(32768, gt=0)
+    max_position: int = Field(default=32768, gt=0)
     tie_embeddings: bool = False
     qkv_bias: bool = True
     qk_norm: bool = False
@@ -86,8 +86,8 @@ class BackboneConfig(Section):
     def _check(self) -> "BackboneConfig":
         if sum(self.mrope_sections) * 2 != self.head_size:
             raise ValueError(
-                f"mrope_sections {self.mrope_sections} sum to {sum(self.mrope_sections)}, but head_size {self.head_size} needs "
-                f"{self.head_size // 2}; make the sections sum to half the head size"
+                f"mrope_sections {self.mrope_sections} sum to {sum(self.mrope_sections)}, but head_size "
+                f"{self.head_size} needs {self.head_size // 2}; make the sections sum to half the head size"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
@@ -126,9 +126,9 @@ class VisionHeadConfig(Section):
     """Maps a hidden state to the next visual token (ORION, section 3.2 and appendix A.4)."""
 
     kind: Literal["linear", "mlp", "q_former"] = "mlp"
-    expansion: int = Field(8, gt=0)
+    expansion: int = Field(default=8, gt=0)
     """Width of the MLP's hidden layer over its input width."""
-    num_layers: int = Field(2, gt=0)
+    num_layers: int = Field(default=2, gt=0)
     """Self-attention layers of the Q-Former."""
-    num_heads: int = Field(8, gt=0)
+    num_heads: int = Field(default=8, gt=0)
     """Heads of the Q-Former."""

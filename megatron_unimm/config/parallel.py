@@ -10,15 +10,15 @@ from megatron_unimm.config.base import Section
 class ParallelConfig(Section):
     """Sizes of the parallel axes. Data parallel size is what is left of the world size."""
 
-    tensor: int = Field(1, gt=0)
+    tensor: int = Field(default=1, gt=0)
     sequence: bool = False
     """Shard activations between tensor-parallel regions along the sequence (needs tensor > 1)."""
-    pipeline: int = Field(1, gt=0)
-    virtual_pipeline: int = Field(1, gt=0)
+    pipeline: int = Field(default=1, gt=0)
+    virtual_pipeline: int = Field(default=1, gt=0)
     """Model chunks per pipeline rank (interleaved schedule); 1 for none."""
-    context: int = Field(1, gt=0)
-    expert: int = Field(1, gt=0)
-    expert_tensor: int = Field(1, gt=0)
+    context: int = Field(default=1, gt=0)
+    expert: int = Field(default=1, gt=0)
+    expert_tensor: int = Field(default=1, gt=0)
     layers_per_stage: list[int] | None = None
     """Backbone layers of each pipeline stage, in order, virtual stages included; null splits evenly."""
 
@@ -43,9 +43,9 @@ class RecomputeConfig(Section):
     """Activation recompute."""
 
     granularity: Literal["none", "selective", "full"] = "none"
-    modules: list[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm"]] = ["core_attn"]
+    modules: list[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm"]] = Field(default=["core_attn"])
     """What the selective kind recomputes."""
-    num_layers: int = Field(1, gt=0)
+    num_layers: int = Field(default=1, gt=0)
     """Layers per recomputed block of the full kind."""
 
 
@@ -71,7 +71,7 @@ class SystemConfig(Section):
     cuda_graph: Literal["none", "local", "transformer_engine"] = "none"
     """mcore's CUDA graphs of the vision head-free decoder layers; fixed shapes only."""
     distributed_optimizer: bool = True
-    cpu_threads: int = Field(0, ge=0)
+    cpu_threads: int = Field(default=0, ge=0)
     """Torch threads per rank on CPU; 0 divides the cores by the ranks of the node."""
-    timeout_minutes: float = Field(10.0, gt=0)
+    timeout_minutes: float = Field(default=10.0, gt=0)
     """Collectives that take longer end the job."""

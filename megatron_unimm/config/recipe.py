@@ -41,7 +41,7 @@ class Recipe(Section):
             if stage.after is not None and stage.after not in self.stages:
                 raise ValueError(f"stages.{key}.after is {stage.after}, but the stages are {', '.join(self.stages)}")
             if key in self.stages_before(stage.after):
-                raise ValueError(f"stages.{key}.after leads back to {key}; a chain of stages needs a first one (after: null)")
+                raise ValueError(f"stages.{key}.after leads back to {key}; the chain needs a first stage (after: null)")
         return self
 
     def stages_before(self, name: str | None) -> list[str]:

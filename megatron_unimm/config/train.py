@@ -10,12 +10,12 @@ from megatron_unimm.config.base import Section
 class OptimizerConfig(Section):
     """AdamW. The defaults are ORION's Table 1."""
 
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-15, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-15, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Applied to matrices; not to biases and norms."""
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """Global gradient norm after clipping."""
 
 
@@ -25,13 +25,15 @@ class ScheduleConfig(Section):
     kind: Literal["constant", "cosine"] = "cosine"
     max_learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps over which the rate rises from 0."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
         if self.min_learning_rate > self.max_learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is larger than max_learning_rate {self.max_learning_rate}")
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is larger than max_learning_rate {self.max_learning_rate}"
+            )
         return self
 
 
@@ -41,28 +43,28 @@ class TrainableRule(Section):
     pattern: str
     """Glob over parameter names, e.g. ``vision_head.*``."""
     train: bool = True
-    learning_rate_multiplier: float = Field(1.0, gt=0)
+    learning_rate_multiplier: float = Field(default=1.0, gt=0)
 
 
 class SpikeConfig(Section):
     """When an optimizer step is skipped (ORION, section 4.1). A gradient that is not finite always is."""
 
-    factor: float = Field(10.0, gt=1)
+    factor: float = Field(default=10.0, gt=1)
     """Skip where the gradient norm exceeds this many times its running mean."""
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(default=20, ge=0)
     """Steps that only feed the running mean."""
-    decay: float = Field(0.95, gt=0, lt=1)
+    decay: float = Field(default=0.95, gt=0, lt=1)
     """Decay per step of the running mean."""
-    max_consecutive: int = Field(20, gt=0)
+    max_consecutive: int = Field(default=20, gt=0)
     """More skipped steps in a row end the run."""
 
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
-    every_steps: int = Field(1000, gt=0)
-    keep_last: int = Field(2, gt=0)
-    keep_every_steps: int | None = Field(None, gt=0)
+    every_steps: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+    keep_every_steps: int | None = Field(default=None, gt=0)
     """Checkpoints at multiples of this are kept for ever."""
     asynchronous: bool = True
     """Write in a thread while training goes on."""
@@ -71,11 +73,11 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """The evaluation hook."""
 
-    every_steps: int | None = Field(None, gt=0)
+    every_steps: int | None = Field(default=None, gt=0)
     """Null evaluates only at the end of the stage."""
     suites: list[str] = Field(default_factory=list)
     """Names of the suites, see ``unimm evaluate --help``."""
-    num_samples: int = Field(64, gt=0)
+    num_samples: int = Field(default=64, gt=0)
     data: str = ""
     """Folder with the evaluation files of the suites."""
 
@@ -83,21 +85,21 @@ class EvaluationConfig(Section):
 class LoggingConfig(Section):
     """Monitoring."""
 
-    every_steps: int = Field(10, gt=0)
-    text_every_steps: int = Field(500, gt=0)
+    every_steps: int = Field(default=10, gt=0)
+    text_every_steps: int = Field(default=500, gt=0)
     """How often decoded text samples go to TensorBoard."""
     tensorboard: bool = True
     per_module_grad_norm: bool = True
-    peak_tflops: float | None = Field(None, gt=0)
+    peak_tflops: float | None = Field(default=None, gt=0)
     """Peak of one device in TFLOP/s for MFU; null looks the GPU up by name, and shows no MFU on CPU."""
 
 
 class TrainConfig(Section):
     """Length and batch of a stage."""
 
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the mix; exclusive with steps."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     global_batch_size: int = Field(gt=0)
     """Samples per optimizer step over all ranks."""
     seed: int = 0
