@@ -1,0 +1,117 @@
+"""The decoder-only language model of the Qwen VLMs, as one pipeline stage holds it.
+
+Layout: t tokens of this rank between the layers (T / context, and / tensor under sequence parallelism), ``[t, 1, H]``.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from torch import Tensor
+
+from megatron_unimm.config.model import BackboneConfig
+from megatron_unimm.models.attention import PackedContext
+from megatron_unimm.models.specs import block_spec, layer_spec
+
+
+class Backbone(LanguageModule):
+    """Embedding (first stage), layers, final norm and output layer (last stage).
+
+    Args:
+        model: architecture.
+        config: the same for Megatron-Core, with the layout (``models/transformer_config.py``).
+        backend: layer implementation, see ``models/specs.py``.
+        groups: process groups.
+        pre_process: hold the embedding. post_process: hold the final norm and the output layer.
+        virtual_stage: number of this model chunk on its rank under virtual pipelining.
+    """
+
+    def __init__(
+        self,
+        model: BackboneConfig,
+        config: TransformerConfig,
+        backend: str,
+        groups: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        virtual_stage: int | None = None,
+    ) -> None:
+        super().__init__(config, pg_collection=groups)
+        self.model = model
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = virtual_stage
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, model.vocab_size, model.max_position, position_embedding_type="none", scatter_to_sequence_parallel=False, tp_group=groups.tp
+            )
+        num_layers = get_num_layers_to_build(config, virtual_stage, groups.pp.rank())
+        experts = model.moe.num_experts if model.moe is not None else None
+        spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
+        self.decoder = TransformerBlock(
+            config, block_spec(backend, [spec] * num_layers), pre_process=pre_process, post_process=post_process, pg_collection=groups, vp_stage=virtual_stage
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                model.hidden_size,
+                model.vocab_size,
+                config=_whole_sequence(config),
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and model.tie_embeddings,
+                tp_group=groups.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings: int64 ``[T]`` to ``[T, 1, H]``, whole rows on every rank."""
+        return self.embedding(input_ids[None], None)
+
+    def scatter(self, hidden_T1H: Tensor) -> Tensor:
+        """This rank's part of the sequence under sequence parallelism."""
+        return scatter_to_sequence_parallel_region(hidden_T1H, group=self.tp_group) if self.config.sequence_parallel else hidden_T1H
+
+    def gather(self, hidden_t1H: Tensor) -> Tensor:
+        """The whole sequence again. What follows must be the same on all tensor-parallel ranks, or sum its gradients itself."""
+        if not self.config.sequence_parallel:
+            return hidden_t1H
+        return gather_from_sequence_parallel_region(hidden_t1H, tensor_parallel_output_grad=False, group=self.tp_group)
+
+    def forward(self, hidden_t1H: Tensor, context: PackedContext) -> Tensor:
+        """The layers of this stage, and the final norm on the last."""
+        # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input in two first.
+        self.decoder.input_tensor = hidden_t1H
+        return self.decoder(hidden_t1H, attention_mask=None, packed_seq_params=context)
+
+    def logits(self, hidden_nH: Tensor) -> Tensor:
+        """Vocabulary logits of chosen positions: ``[n, H]`` to ``[n, vocab / tensor]``, each rank its part of the vocabulary."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_nH, weight=weight)[0]
+
+
+def _whole_sequence(config: TransformerConfig) -> TransformerConfig:
+    """The same configuration for a layer that reads positions already gathered."""
+    import copy
+
+    config = copy.copy(config)
+    config.sequence_parallel = False
+    config.tp_comm_overlap = False
+    return config
+
+
+def merge_visual_tokens(embeddings_T1H: Tensor, visual_VH: Tensor, visual_index: Tensor) -> Tensor:
+    """Put visual tokens ``[V, H]`` at their positions (int64 ``[V]``) among the token embeddings."""
+    return embeddings_T1H.index_copy(0, visual_index, visual_VH[:, None].to(embeddings_T1H.dtype))
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """Parameters held by this rank."""
+    return sum(parameter.numel() for parameter in module.parameters())

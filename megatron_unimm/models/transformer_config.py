@@ -1,0 +1,123 @@
+"""From our small config sections to Megatron-Core's TransformerConfig. The only place that names its fields."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_unimm.config.model import BackboneConfig, VisionEncoderConfig
+from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
+from megatron_unimm.parallel.platform import Platform
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, platform: Platform) -> TransformerConfig:
+    """The decoder's configuration, spread over the whole layout."""
+    parallel = system.parallel
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.mlp_size,
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        cp_comm_type="p2p" if parallel.context > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=DTYPES[system.precision.dtype],
+        tp_comm_overlap=system.overlap.tensor_parallel,
+        cuda_graph_impl=system.cuda_graph,
+        **_common(system, platform),
+        **_recompute(system.recompute),
+        **_fp8(system),
+    )
+    if parallel.layers_per_stage is not None and parallel.pipeline > 1:
+        fields["pipeline_model_parallel_layout"] = _layout(parallel.layers_per_stage)
+    if model.moe is not None:
+        moe = model.moe
+        fields |= dict(
+            num_moe_experts=moe.num_experts,
+            moe_router_topk=moe.top_k,
+            moe_ffn_hidden_size=moe.expert_mlp_size,
+            moe_shared_expert_intermediate_size=moe.shared_expert_size or None,
+            moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
+            moe_aux_loss_coeff=moe.aux_loss_coeff,
+            moe_z_loss_coeff=moe.z_loss_coeff or None,
+            moe_layer_freq=moe.layer_frequency,
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=False,
+            moe_router_dtype="fp32",
+        )
+    return TransformerConfig(**fields)
+
+
+def vision_transformer_config(model: VisionEncoderConfig, system: SystemConfig, platform: Platform) -> TransformerConfig:
+    """The vision tower's configuration: tensor parallel, whole on the first pipeline stage, the row's images on every context rank."""
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        ffn_hidden_size=model.mlp_size,
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=True,
+        **_common(system, platform),
+        **_recompute(system.recompute),
+        **_fp8(system),
+    )
+
+
+def _common(system: SystemConfig, platform: Platform) -> dict[str, Any]:
+    dtype = DTYPES[system.precision.dtype]
+    return dict(
+        tensor_model_parallel_size=system.parallel.tensor,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights are drawn whole on the host and cut, so that a new module is the same at every layout.
+        use_cpu_initialization=True,
+        perform_initialization=True,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=platform.is_gpu,
+        bias_dropout_fusion=platform.is_gpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=platform.is_gpu,
+    )
+
+
+def _recompute(recompute: RecomputeConfig) -> dict[str, Any]:
+    if recompute.granularity == "none":
+        return {}
+    if recompute.granularity == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=recompute.num_layers)
+
+
+def _fp8(system: SystemConfig) -> dict[str, Any]:
+    fp8 = system.precision.fp8
+    if fp8 is None:
+        return {}
+    return dict(fp8=fp8.format, fp8_recipe=fp8.recipe, first_last_layers_bf16=fp8.first_last_layers_bf16)
+
+
+def _layout(layers_per_stage: list[int]) -> list[list[str]]:
+    """Megatron-Core's pipeline layout: what each stage holds, in order."""
+    stages = [["decoder"] * count for count in layers_per_stage]
+    stages[0] = ["embedding", *stages[0]]
+    stages[-1] = [*stages[-1], "loss"]
+    return stages

@@ -1,0 +1,132 @@
+"""From a layout and a world size to the process groups that are handed to every module."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_unimm.config.parallel import ParallelConfig
+from megatron_unimm.parallel.platform import Platform
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's place in the layout, and Megatron-Core's groups around it."""
+
+    config: ParallelConfig
+    collection: ProcessGroupCollection
+    host: dist.ProcessGroup
+    """All ranks, over gloo: small host-side agreements and checkpoint planning, beside the device's traffic."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.collection.tp.rank()
+
+    @property
+    def context_rank(self) -> int:
+        return self.collection.cp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.collection.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.collection.dp.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.collection.pp.rank()
+
+    def is_first_stage(self, virtual_stage: int = 0) -> bool:
+        """Whether this rank's model chunk number ``virtual_stage`` holds the embedding and the vision encoder."""
+        return self.pipeline_rank == 0 and virtual_stage == 0
+
+    def is_last_stage(self, virtual_stage: int | None = None) -> bool:
+        """Whether this rank's model chunk number ``virtual_stage`` (None: its last) holds the heads."""
+        last = self.config.virtual_pipeline - 1
+        return self.pipeline_rank == self.config.pipeline - 1 and (virtual_stage is None or virtual_stage == last)
+
+    def alone(self) -> ProcessGroupCollection:
+        """The same groups for a module that sits whole on one pipeline stage and sees the whole row: no pipeline, no context parallel."""
+        single = _single_rank_group()
+        names = ("tp", "ep", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "mp")
+        return ProcessGroupCollection(pp=None, cp=single, tp_cp=self.collection.tp, **{n: getattr(self.collection, n) for n in names})
+
+
+def _single_rank_group() -> dist.ProcessGroup:
+    """A group of this rank alone: the pipeline or context group where that size is one, else a cached one."""
+    return parallel_state.get_pipeline_model_parallel_group() if dist.get_world_size() == 1 else _SINGLES.group()
+
+
+class _Singles:
+    """Groups of one rank each, made collectively at start-up (every rank must take part in making every group)."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+
+    def create(self) -> None:
+        for rank in range(dist.get_world_size()):
+            group = dist.new_group([rank])
+            if rank == dist.get_rank():
+                self._group = group
+
+    def group(self) -> dist.ProcessGroup:
+        assert self._group is not None, "initialize_groups() has not run"
+        return self._group
+
+
+_SINGLES = _Singles()
+
+
+def initialize_distributed(platform: Platform, timeout_minutes: float) -> None:
+    """Join the job: torchrun's or srun's environment, or a world of one rank when there is none."""
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(platform.backend, timeout=timeout)
+        return
+    store_file = Path(tempfile.mkdtemp(prefix="unimm-")) / "store"
+    dist.init_process_group(platform.backend, init_method=f"file://{store_file}", rank=0, world_size=1, timeout=timeout)
+
+
+def initialize_groups(config: ParallelConfig, platform: Platform, seed: int, timeout_minutes: float = 10.0) -> ParallelGroups:
+    """Build the process groups of a layout (checked before by ``config.layout.check_layout``) and seed the parallel random states."""
+    initialize_distributed(platform, timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+        distributed_timeout_minutes=max(1, int(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    _SINGLES.create()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    host = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    return ParallelGroups(config, ProcessGroupCollection.use_mpu_process_groups(), host)
+
+
+def destroy_groups() -> None:
+    """Leave the job in order; a rank that dies without it makes the others wait for the time-out."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
