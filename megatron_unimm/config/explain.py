@@ -54,7 +54,7 @@ def _translate(section: type[Section], tree: Written, what: str, detail: ErrorDe
         return where, f"wanted one of {', '.join(names)}, {got}{suggest(str(detail['input']), names)}"
     if kind in _BOUNDS:
         sign, bound = _BOUNDS[kind]
-        return where, f"wanted a number {sign} {context[bound]}, {got}"
+        return where, f"wanted a number {sign} {context[bound]:g}, {got}"
     wanted = next((words for prefix, words in _WANTED.items() if kind.startswith(prefix)), None)
     return where, f"wanted {wanted}, {got}" if wanted else f"{detail['msg']}, {got}"
 

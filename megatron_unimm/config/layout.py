@@ -1,6 +1,6 @@
 """Whether a stage can be spread over a number of ranks: every rule that Megatron-Core, Transformer Engine or we have.
 
-Checked before any process group exists, so that a layout that does not divide ends in one line and not in 512 tracebacks.
+Checked before any process group exists, so that a wrong layout ends in one line and not in 512 tracebacks.
 """
 
 from collections.abc import Iterator
@@ -152,8 +152,8 @@ def _check_system(system: SystemConfig) -> None:
     if overlap.param_gather and not (system.distributed_optimizer and overlap.grad_reduce):
         raise ConfigError(
             "system.overlap.param_gather",
-            f"true, but system.distributed_optimizer is {_yes(system.distributed_optimizer)} and system.overlap.grad_reduce "
-            f"is {_yes(overlap.grad_reduce)}; it needs both",
+            f"true, but system.distributed_optimizer is {_yes(system.distributed_optimizer)} and "
+            f"system.overlap.grad_reduce is {_yes(overlap.grad_reduce)}; it needs both",
         )
     if overlap.tensor_parallel and not system.parallel.sequence:
         raise ConfigError(

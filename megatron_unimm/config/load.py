@@ -2,8 +2,8 @@
 
 A recipe file holds shared defaults at its top (``model``, ``method``, ``data``, ``train``, ``system``,
 ``base_checkpoint``) and named ``stages`` whose values override them. ``base: other.yaml`` starts from another file.
-Mappings merge key by key; lists and scalars replace. Precedence, lowest first: shared defaults of the base file, those of
-the file, the stage in the base file, the stage in the file, the command line.
+Mappings merge key by key; lists and scalars replace. Precedence, lowest first: shared defaults of the base file, those
+of the file, the stage in the base file, the stage in the file, the command line.
 
 Every value remembers where it was written (``Written``), so that an error names the key as the reader wrote it, with
 file and line.

@@ -1,0 +1,49 @@
+"""``unimm train``: one stage of a recipe, on one rank or on all ranks of torchrun or srun."""
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  unimm train configs/orion/shapes.yaml --stage warm_up train.steps=20
+  unimm train configs/orion/qwen2_5_vl_7b.yaml --stage sft --dry-run
+  torchrun --nproc-per-node 2 -m megatron_unimm.cli train configs/orion/shapes.yaml --stage sft system.parallel.tensor=2
+\b
+Exit codes: 0 done, 2 wrong config or input, 75 stopped by a signal after saving (start it again)."""
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--stage", help="Stage of the recipe; may be left out where it has only one.")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    help="Checkpoints and logs of all stages.  [default: runs/NAME-OF-RECIPE]",
+)
+@click.option(
+    "--resume",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|DIR",
+    help="auto: from the run's last good checkpoint, if there is one. DIR: from that checkpoint.",
+)
+@click.option("--dry-run", is_flag=True, help="Check config and layout and build the model without memory or data.")
+def train(
+    recipe: Path, overrides: tuple[str, ...], stage: str | None, run_dir: Path | None, resume: str, dry_run: bool
+) -> int:
+    """Train one stage of RECIPE.
+
+    KEY=VALUE changes a setting: train.steps=5 in all stages, stages.sft.train.steps=5 in one.
+    """
+    from megatron_unimm.config.load import load_recipe, select_stage
+
+    loaded = load_recipe(recipe, overrides)
+    chosen = select_stage(loaded, stage)
+
+    from megatron_unimm.train.run import train_stage
+
+    run_dir = run_dir or Path(os.environ.get("RUNS", "runs")) / loaded.name
+    return train_stage(loaded, chosen, run_dir=run_dir, resume=resume, dry_run=dry_run)
