@@ -8,14 +8,14 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Negative log-likelihood per position, float32 ``[n]``.
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood per position, float32 ``[n]``, over Megatron-Core's tensor-parallel group (its function takes no other).
 
     Args:
         logits: ``[n, vocab / tensor]``, this rank's part.
         labels: int64 ``[n]``, the same on all tensor-parallel ranks.
     """
-    return vocab_parallel_cross_entropy(logits[:, None].float(), labels[:, None], tp_group=group)[:, 0]
+    return vocab_parallel_cross_entropy(logits[:, None].float(), labels[:, None])[:, 0]
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -14,13 +14,13 @@ TERMS = ("cross_entropy", "mse", "kl")
 """Names and order of the loss terms."""
 
 
-def text_understanding_loss(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+def text_understanding_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Eq. 1, the sum: −Σ log p(T_i | V, T_<i) over the positions whose next token is text.
 
     Args:
         logits: ``[n, vocab / tensor]``. labels: int64 ``[n]``.
     """
-    return cross_entropy(logits, labels, group).sum()
+    return cross_entropy(logits, labels).sum()
 
 
 def image_generation_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Layout: ``[t, 1, H]`` between pipeline stages, t tokens of this rank; with a tea
 from dataclasses import dataclass
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -45,6 +46,7 @@ class OrionModel(MegatronModule):
     ) -> None:
         config = backbone_transformer_config(stage.model.backbone, stage.system, platform)
         super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder  # read by Megatron-Core's schedule
         self.frozen = frozen
         self.pre_process = groups.is_first_stage(virtual_stage)
         self.post_process = groups.is_last_stage(virtual_stage)
@@ -187,7 +189,7 @@ class OrionModel(MegatronModule):
         zero = hidden.sum() * 0.0
         ce = mse = kl = zero
         if self.weights.cross_entropy and len(hidden_text):
-            ce = losses.text_understanding_loss(self.backbone.logits(hidden_text), targets.text_labels, group)
+            ce = losses.text_understanding_loss(self.backbone.logits(hidden_text), targets.text_labels)
         if batch.generates:
             if features is None:
                 with torch.no_grad():

@@ -1,0 +1,34 @@
+"""What the shared loop asks of a method."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_unimm.data.sample import PackedRow
+
+
+class Method(Protocol):
+    """A paper's method, set up for one stage on one rank."""
+
+    terms: tuple[str, ...]
+    """Names of the loss terms, in the order in which a model's forward returns their sums."""
+    weights: tuple[float, ...]
+    """Weight of each term in the total."""
+
+    def build(self, virtual_stage: int) -> MegatronModule:
+        """This rank's model chunk; its forward maps a batch to the next chunk's input or, on the last, to float32 ``[terms]`` sums."""
+        ...
+
+    def batch(self, row: PackedRow, model: Any, device: torch.device) -> Any:
+        """A packed row on the device, for one model chunk."""
+        ...
+
+    def counts(self, rows: Sequence[PackedRow]) -> list[int]:
+        """What each term's sum over these rows is divided by."""
+        ...
+
+    def streams(self) -> int:
+        """How many sequences travel between pipeline stages side by side (2 with a teacher)."""
+        ...

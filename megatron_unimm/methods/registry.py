@@ -1,0 +1,16 @@
+"""Methods by the name in a recipe."""
+
+from collections.abc import Callable
+
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.orion.method import Orion
+from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.platform import Platform
+
+METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = {"orion": Orion}
+
+
+def build_method(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> Method:
+    """The method that the stage's config names."""
+    return METHODS[stage.method.name](stage, platform, groups)

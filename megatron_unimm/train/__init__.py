@@ -1,0 +1,1 @@
+"""The loop, shared by all methods."""
