@@ -59,7 +59,7 @@ class Ranks:
         """The value of every rank on rank 0; an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        root = dist.get_global_rank(self.group or dist.group.WORLD, 0)
+        root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, dst=root, group=self.group)
         return values or []

@@ -144,15 +144,16 @@ def save(
     pieces = [_piece(value, copy=asynchronous) for value in owned if isinstance(value, ShardedTensor)]
     blobs = [_blob(value) for value in owned if isinstance(value, ShardedObject)]
     other = serialise("values beside the tensors", common)
+    companions = sorted(path for path in hf_files.iterdir() if path.is_file()) if hf_files is not None else []
 
     def write(folder: Path) -> tuple[Index, dict[str, FileRecord]]:
         return write_pieces(folder, ranks.rank, pieces, blobs, threads=threads)
 
     pending = PendingSave(directory)
     if asynchronous:
-        pending._start(lambda: save_files(directory, write, meta, common=other, ranks=ranks, hf_files=hf_files))
+        pending._start(lambda: save_files(directory, write, meta, common=other, ranks=ranks, hf_files=companions))
     else:
-        save_files(directory, write, meta, common=other, ranks=ranks, hf_files=hf_files)
+        save_files(directory, write, meta, common=other, ranks=ranks, hf_files=companions)
     return pending
 
 
@@ -163,7 +164,7 @@ def save_files(
     *,
     common: bytes,
     ranks: Ranks,
-    hf_files: Path | None = None,
+    hf_files: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint whose tensor files come from ``write(folder)``, and commit it; called on every rank.
 
@@ -180,7 +181,7 @@ def save_files(
     with _together(ranks):
         if ranks.rank == 0:
             files = _describe(temporary, parts, common)
-            files |= _copy_hf_files(hf_files, temporary) if hf_files is not None else {}
+            files |= _copy_hf_files(hf_files, temporary)
             commit(directory, files, meta)
 
 
@@ -208,11 +209,13 @@ def _describe(
     return files | write_index(folder, index, common)
 
 
-def _copy_hf_files(source: Path, folder: Path) -> dict[str, FileRecord]:
+def _copy_hf_files(paths: Sequence[Path], folder: Path) -> dict[str, FileRecord]:
+    if not paths:
+        return {}
     target = folder / HF_FOLDER
     target.mkdir()
     files = {}
-    for path in sorted(path for path in source.iterdir() if path.is_file()):
+    for path in paths:
         with path.open("rb") as stream, hashed_file(target / path.name) as copy:
             shutil.copyfileobj(stream, copy)
         files[f"{HF_FOLDER}/{path.name}"] = copy.record()

@@ -1,0 +1,51 @@
+"""What import and export share about folders: room on the disk, targets, and the files that travel beside the weights."""
+
+import shutil
+from pathlib import Path
+
+from megatron_unimm.errors import CheckpointError
+
+VISION_HEAD = "vision_head"
+"""Folder in a Hugging Face folder, and prefix of tensors, of the part that Hugging Face's model lacks."""
+SPARE_BYTES = 64 << 20
+"""Room for headers, indices and tokenizer files."""
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "LICENSE*",
+)
+"""Files that are copied with the weights. Never weights, never code."""
+SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ""}
+
+
+def companions(folder: Path) -> list[Path]:
+    """Config, tokenizer and processor files of a Hugging Face folder."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
+    return sorted(
+        path for path in found if path.is_file() and path.suffix in SUFFIXES and "safetensors" not in path.name
+    )
+
+
+def check_target(target: Path, nbytes: int) -> None:
+    """Refuse a target that exists already, and one without room for ``nbytes``.
+
+    Raises:
+        CheckpointError: with what to do.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(str(target), "exists already; choose another name or delete it")
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + SPARE_BYTES:
+        needed = (nbytes + SPARE_BYTES) / 1e9
+        raise CheckpointError(str(target), f"needs {needed:.1f} GB, but {free / 1e9:.1f} GB are free there; make room")

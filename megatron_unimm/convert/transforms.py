@@ -1,0 +1,135 @@
+"""How tensors of one layout become those of another: typed, shape-checked and exact in both directions.
+
+Each transform maps a fixed number of Hugging Face tensors to one Megatron tensor (``forward``) and back (``inverse``). They only
+reorder numbers, so that a round trip is bit-identical in any dtype.
+
+Legend  h hidden size, n attention heads, g key/value heads (groups), d head size, m MLP width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Transform(Protocol):
+    """A lossless change of layout."""
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        """Shape of the Megatron tensor, from those of the Hugging Face tensors."""
+        ...
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        """Hugging Face to Megatron."""
+        ...
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Megatron to Hugging Face; views where possible."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor on both sides."""
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return source
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+
+@dataclass(frozen=True)
+class QkvInterleave:
+    """q [n d, ...], k and v [g d, ...] to mcore's linear_qkv [g (n/g + 2) d, ...]: each group's queries, its key, its value."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @property
+    def _queries(self) -> int:
+        """Query heads per group."""
+        return self.num_heads // self.num_kv_heads
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        return (self.num_kv_heads * (self._queries + 2) * self.head_size, *sources[0][1:])
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        q, k, v = sources
+        rest = q.shape[1:]
+        grouped = [
+            q.reshape(self.num_kv_heads, self._queries * self.head_size, *rest),
+            k.reshape(self.num_kv_heads, self.head_size, *rest),
+            v.reshape(self.num_kv_heads, self.head_size, *rest),
+        ]
+        return torch.cat(grouped, dim=1).reshape(-1, *rest)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        rest = tensor.shape[1:]
+        grouped = tensor.reshape(self.num_kv_heads, (self._queries + 2) * self.head_size, *rest)
+        parts = grouped.split([self._queries * self.head_size, self.head_size, self.head_size], dim=1)
+        return tuple(part.reshape(-1, *rest) for part in parts)
+
+
+@dataclass(frozen=True)
+class FusedQkv:
+    """qkv stored as [3 n d, ...] (all q, all k, all v) to mcore's linear_qkv [n 3 d, ...] (q, k, v of each head)."""
+
+    num_heads: int
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return source
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source.reshape(3, self.num_heads, -1, *source.shape[1:]).transpose(0, 1).reshape(source.shape)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.reshape(self.num_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape),)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """gate and up [m, ...] to mcore's linear_fc1 [2 m, ...]: gate above up."""
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        gate, _ = sources
+        return (2 * gate[0], *gate[1:])
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        gate, up = sources
+        return torch.cat([gate, up])
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.chunk(2)
+
+
+@dataclass(frozen=True)
+class Conv3dToLinear:
+    """A convolution whose stride is its kernel, [h, channels, t, p, p], to the linear layer [h, channels t p p] that it is."""
+
+    channels: int
+    temporal_patch_size: int
+    patch_size: int
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return (source[0], self.channels * self.temporal_patch_size * self.patch_size**2)
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source.reshape(source.shape[0], -1)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.reshape(-1, self.channels, self.temporal_patch_size, self.patch_size, self.patch_size),)
