@@ -40,16 +40,23 @@ def export(source: Path, target: Path) -> None:
 @click.argument("path", type=EXISTING)
 def inspect(path: Path) -> None:
     """List what a folder of either kind holds."""
-    from megatron_unimm.convert import inspect as inspect_checkpoint
+    from rich.console import Console
 
-    click.echo(inspect_checkpoint(path))
+    from megatron_unimm.convert import inspect_path
+
+    Console().print(inspect_path(path))
 
 
 @convert.command(epilog="Example: unimm convert verify Qwen2.5-VL-7B-Instruct exported")
 @click.argument("a", type=EXISTING)
 @click.argument("b", type=EXISTING)
-def verify(a: Path, b: Path) -> None:
-    """Compare all tensors of two folders, of either kind."""
-    from megatron_unimm.convert import verify as verify_checkpoints
+def verify(a: Path, b: Path) -> int:
+    """Compare the weights of two folders, of either kind, bit by bit. Exit code 1 if they differ."""
+    from megatron_unimm.convert import verify as compare
 
-    click.echo(verify_checkpoints(a, b))
+    report = compare(a, b)
+    for line in report.differences:
+        click.echo(line)
+    verdict = "identical" if report.identical else f"{len(report.differences)} differ"
+    click.echo(f"{report.tensors} tensors, {report.bytes / 2**20:.1f} MiB: {verdict}")
+    return 0 if report.identical else 1

@@ -85,9 +85,7 @@ def _check_requirements() -> Iterator[Finding]:
     try:
         lines = importlib.metadata.requires("megatron_unimm") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding(
-            "megatron_unimm", "missing", "running from a folder", "in its folder: pip install -e ."
-        )
+        yield Finding("megatron_unimm", "missing", "running from a folder", "in its folder: pip install -e .")
         return
     for requirement in map(Requirement, lines):
         extra = next(

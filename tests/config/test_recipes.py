@@ -10,6 +10,7 @@ import pytest
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.load import dump, load_recipe
 from megatron_unimm.config.recipe import Recipe, StageConfig
+from megatron_unimm.convert.qwen2_5_vl import to_model_config
 
 LARGE, SMALL = "configs/orion/qwen2_5_vl_7b.yaml", "configs/orion/shapes.yaml"
 WORLD_SIZES = {LARGE: 64 * 8, SMALL: 1}
@@ -146,37 +147,15 @@ def test_shapes_recipe_is_the_shipped_base_model() -> None:
     if not (folder / "config.json").is_file():
         pytest.skip(f"no base model at {folder}")
     published = json.loads((folder / "config.json").read_text())
-    text, vision = published.get("text_config", published), published["vision_config"]
-    model = load_recipe(SMALL).stages["sft"].model
-    rope = text.get("rope_parameters") or text["rope_scaling"]
-    assert model.backbone.model_dump(
-        include={"num_layers", "hidden_size", "num_heads", "num_kv_heads", "mlp_size", "vocab_size", "mrope_sections"}
-    ) == {
-        "num_layers": text["num_hidden_layers"],
-        "hidden_size": text["hidden_size"],
-        "num_heads": text["num_attention_heads"],
-        "num_kv_heads": text["num_key_value_heads"],
-        "mlp_size": text["intermediate_size"],
-        "vocab_size": text["vocab_size"],
-        "mrope_sections": rope["mrope_section"],
+    published_model, model = to_model_config(published), load_recipe(SMALL).stages["sft"].model
+    assert model.vision_encoder == published_model.vision_encoder
+    assert model.backbone == published_model.backbone
+    tokens = {t["content"]: t["id"] for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    assert model.token_ids.model_dump() == {
+        "pad": tokens["<|endoftext|>"],
+        "im_start": tokens["<|im_start|>"],
+        "im_end": tokens["<|im_end|>"],
+        "vision_start": tokens["<|vision_start|>"],
+        "vision_end": tokens["<|vision_end|>"],
+        "image_pad": tokens["<|image_pad|>"],
     }
-    assert model.backbone.rope_theta == (rope.get("rope_theta") or text["rope_theta"])
-    assert model.vision_encoder.model_dump(
-        include={"num_layers", "hidden_size", "num_heads", "mlp_size", "patch_size", "window_size", "out_size"}
-        | {"full_attention_layers"}
-    ) == {
-        "num_layers": vision["depth"],
-        "hidden_size": vision["hidden_size"],
-        "num_heads": vision["num_heads"],
-        "mlp_size": vision["intermediate_size"],
-        "patch_size": vision["patch_size"],
-        "window_size": vision["window_size"],
-        "full_attention_layers": vision["fullatt_block_indexes"],
-        "out_size": vision["out_hidden_size"],
-    }
-    ids = model.token_ids
-    assert (ids.vision_start, ids.vision_end, ids.image_pad) == (
-        published["vision_start_token_id"],
-        published["vision_end_token_id"],
-        published["image_token_id"],
-    )
