@@ -80,6 +80,20 @@ class Ranks:
                 raise CheckpointError(where, what) if where else RuntimeError(f"checkpoint: rank {rank} failed: {what}")
 
 
+class together:
+    """A block that every rank leaves only once all have run it, and that raises everywhere if it raised on one."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, Exception):
+            self.ranks.agree(error)
+
+
 def _report(error: Exception) -> tuple[str, str]:
     """(where, what) of an error for the user, and ("", text) of any other."""
     return (error.where, error.what) if isinstance(error, UserError) else ("", f"{type(error).__name__}: {error}")

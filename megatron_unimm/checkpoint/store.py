@@ -9,7 +9,6 @@ wrote.
 
 import fnmatch
 import json
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,18 +37,20 @@ from megatron.core.dist_checkpointing.utils import (
     force_all_tensors_to_non_fp8,
 )
 
+from megatron_unimm.checkpoint.folder import save_files
 from megatron_unimm.checkpoint.manifest import (
     FileRecord,
     check_files,
-    commit,
-    hashed_file,
+    committed_steps,
+    is_committed,
+    latest,
+    prune,
     read_manifest,
-    remove_stale,
+    read_meta,
     share_of_files,
-    sync_folder,
-    temporary_name,
+    step_directory,
 )
-from megatron_unimm.checkpoint.ranks import Ranks
+from megatron_unimm.checkpoint.ranks import Ranks, new_io_group, together
 from megatron_unimm.checkpoint.torch_dist import (
     Blob,
     Index,
@@ -57,18 +58,27 @@ from megatron_unimm.checkpoint.torch_dist import (
     Reader,
     TensorEntry,
     serialise,
-    write_index,
     write_pieces,
 )
 from megatron_unimm.errors import CheckpointError
 
-HF_FOLDER = "hf"
-"""Folder inside a checkpoint with the config and tokenizer files of the Hugging Face model."""
+__all__ = [
+    "PendingSave",
+    "committed_steps",
+    "is_committed",
+    "latest",
+    "load",
+    "new_io_group",
+    "prune",
+    "read_meta",
+    "save",
+    "step_directory",
+]
+
 EXTRA_STATE = "._extra_state"
 """Megatron-Core's name for FP8 state. It may be absent (a base model, a run without FP8) and is then started afresh."""
 
 ShardedStateDict = dict[str, Any]
-Write = Callable[[Path], tuple[Index, dict[str, FileRecord]]]
 
 
 class PendingSave:
@@ -157,72 +167,6 @@ def save(
     return pending
 
 
-def save_files(
-    directory: Path,
-    write: Write,
-    meta: Mapping[str, Any],
-    *,
-    common: bytes,
-    ranks: Ranks,
-    hf_files: Sequence[Path] = (),
-) -> None:
-    """Write a checkpoint whose tensor files come from ``write(folder)``, and commit it; called on every rank.
-
-    ``common`` is the serialised dict of the values beside the tensors.
-    """
-    temporary = temporary_name(directory)
-    with _together(ranks):
-        if ranks.rank == 0:
-            remove_stale(directory)
-            temporary.mkdir(parents=True)
-    with _together(ranks):
-        part = write(temporary)
-    parts = ranks.gather(part)
-    with _together(ranks):
-        if ranks.rank == 0:
-            files = _describe(temporary, parts, common)
-            files |= _copy_hf_files(hf_files, temporary)
-            commit(directory, files, meta)
-
-
-class _together:
-    """A block that every rank leaves only once all have run it, and that raises everywhere if it raised on one."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, Exception):
-            self.ranks.agree(error)
-
-
-def _describe(
-    folder: Path, parts: Sequence[tuple[Index, dict[str, FileRecord]]], common: bytes
-) -> dict[str, FileRecord]:
-    index, files = Index(), {}
-    for part, written in parts:
-        index.add(part)
-        files |= written
-    return files | write_index(folder, index, common)
-
-
-def _copy_hf_files(paths: Sequence[Path], folder: Path) -> dict[str, FileRecord]:
-    if not paths:
-        return {}
-    target = folder / HF_FOLDER
-    target.mkdir()
-    files = {}
-    for path in paths:
-        with path.open("rb") as stream, hashed_file(target / path.name) as copy:
-            shutil.copyfileobj(stream, copy)
-        files[f"{HF_FOLDER}/{path.name}"] = copy.record()
-    sync_folder(target)
-    return files
-
-
 def _split(sharded_state_dict: ShardedStateDict) -> tuple[ShardedStateDict, dict[str, Any]]:
     """(ShardedTensors and ShardedObjects, other values to save) of a state dict, which is left as it is."""
     state: Any = extract_matching_values(sharded_state_dict, lambda value: True)[0]  # a copy of its dicts and lists
@@ -291,7 +235,7 @@ def load(
         CheckpointError: not finished, a damaged file, or a tensor that is missing, left over or of another shape.
     """
     ranks = Ranks.of(group)
-    with _together(ranks):
+    with together(ranks):
         manifest = read_manifest(directory)
         check_files(directory, manifest, share_of_files(manifest, ranks.rank, ranks.size))
     force_all_tensors_to_non_fp8(sharded_state_dict)
@@ -301,10 +245,10 @@ def load(
     with Reader(directory) as reader:
         absent = ("*",) if not strict else tuple(may_be_absent)
         unread = ("*",) if not strict else tuple(may_be_unread)
-        with _together(ranks):
+        with together(ranks):
             _check_wanted(list(nested_values(sharded)), reader, directory, absent)
         _check_left_over(list(nested_values(sharded)), reader, directory, unread, ranks)
-        with _together(ranks):
+        with together(ranks):
             result = reader.read_common()
             loaded = dict_list_map_outplace(lambda value: _read(value, reader), sharded)
     merge(result, nonpersistent)

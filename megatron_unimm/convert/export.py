@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import (
     Manifest,
     check_files,
@@ -20,7 +21,6 @@ from megatron_unimm.checkpoint.manifest import (
     temporary_name,
     write_bytes,
 )
-from megatron_unimm.checkpoint.store import HF_FOLDER
 from megatron_unimm.checkpoint.torch_dist import INDEX as CHECKPOINT_INDEX
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.model import ModelConfig
@@ -39,9 +39,9 @@ MAX_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEAD_README = """# Vision head
 
-Maps a hidden state of the language model to the next visual token. It is no part of the Hugging Face model in the folder
-above, which loads without it; `unimm convert import` takes it back in, and `unimm generate` uses it. `config.json` says how
-it is built, `model.safetensors` holds its weights.
+Maps a hidden state of the language model to the next visual token. It is no part of the Hugging Face model in the
+folder above, which loads without it; `unimm convert import` takes it back in, and `unimm generate` uses it.
+`config.json` says how it is built, `model.safetensors` holds its weights.
 """
 
 
@@ -103,7 +103,8 @@ def describe(ckpt_dir: Path, manifest: Manifest, reader: Reader) -> Model:
         if entry.shape != mapping.megatron_shape:
             raise CheckpointError(
                 where,
-                f"tensor {mapping.megatron} is {list(entry.shape)}, but its architecture makes it {list(mapping.megatron_shape)}",
+                f"tensor {mapping.megatron} is {list(entry.shape)}, but its architecture makes it "
+                f"{list(mapping.megatron_shape)}",
             )
     head = [_head_mapping(key, reader.tensors[key].shape) for key in sorted(reader.tensors) if _is_of(key, VISION_HEAD)]
     if head and VISION_HEAD not in meta:
@@ -209,7 +210,7 @@ def write_safetensors(path: Path, outputs: Sequence[Output], reader: Reader) -> 
                 last = output.mapping
             part = parts[output.number]
             assert tuple(part.shape) == output.shape, (output.name, part.shape, output.shape)
-            stream.write(memoryview(part.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield output.nbytes
 
 
@@ -229,7 +230,7 @@ def _header(outputs: Sequence[Output]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-# ---------------------------------------------------------------------------------------------- files beside the weights
+# ---------------------------------------------------------------------------------------------- other files
 
 
 def _write_companions(folder: Path, ckpt_dir: Path, model: Model, dtype: torch.dtype) -> None:

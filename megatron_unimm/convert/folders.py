@@ -1,4 +1,4 @@
-"""What import and export share about folders: room on the disk, targets, and the files that travel beside the weights."""
+"""What import and export share about folders: room on the disk, targets, and the files beside the weights."""
 
 import shutil
 from pathlib import Path

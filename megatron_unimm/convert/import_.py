@@ -1,4 +1,4 @@
-"""Hugging Face folder to Megatron checkpoint, tensor by tensor: no GPU, no process group, no second copy of the model."""
+"""Hugging Face folder to Megatron checkpoint, tensor by tensor, without a GPU, a process group or much memory."""
 
 from functools import partial
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_unimm.checkpoint.folder import save_files
 from megatron_unimm.checkpoint.ranks import Ranks
-from megatron_unimm.checkpoint.store import save_files
 from megatron_unimm.checkpoint.torch_dist import Piece, serialise, write_pieces
 from megatron_unimm.convert.families import family_of
 from megatron_unimm.convert.folders import VISION_HEAD, check_target, companions
@@ -17,7 +17,7 @@ from megatron_unimm.convert.table import Mapping, expand
 
 
 def import_checkpoint(hf_dir: Path, ckpt_dir: Path) -> None:
-    """Make a Megatron checkpoint of a Hugging Face folder. Dtypes stay; the tokenizer and config files go to ``hf/``.
+    """Make a Megatron checkpoint of a Hugging Face folder. Dtypes stay; tokenizer and config files go to ``hf/``.
 
     A ``vision_head/`` folder that :func:`export_checkpoint` wrote beside the model is taken back in.
 

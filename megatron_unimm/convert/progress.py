@@ -1,4 +1,4 @@
-"""How long work on bytes is shown: a bar with MB/s on a terminal, a line per tenth in a log."""
+"""How long work on bytes is shown: a bar with MB/s on a terminal, a line now and then in a log."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+LINE_SECONDS = 5.0
+"""Time between lines of a log."""
 
 
 @contextmanager
@@ -30,12 +33,14 @@ def progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
 class _Lines:
     def __init__(self, console: Console, what: str, total_bytes: int) -> None:
         self.console, self.what, self.total = console, what, max(total_bytes, 1)
-        self.done, self.tenths, self.start = 0, 0, time.monotonic()
+        self.done, self.start = 0, time.monotonic()
+        self.shown = self.start
 
     def advance(self, count: int) -> None:
         self.done += count
-        if (tenths := 10 * self.done // self.total) > self.tenths:
-            self.tenths = tenths
-            speed = self.done / 1e6 / max(time.monotonic() - self.start, 1e-9)
-            line = f"{self.what}: {10 * tenths} % of {self.total / 1e6:.0f} MB, {speed:.0f} MB/s"
+        now = time.monotonic()
+        if now - self.shown >= LINE_SECONDS or self.done >= self.total:
+            self.shown = now
+            speed = self.done / 1e6 / max(now - self.start, 1e-9)
+            line = f"{self.what}: {self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB, {speed:.0f} MB/s"
             self.console.print(line, highlight=False, soft_wrap=True)

@@ -188,7 +188,7 @@ def _backbone_config(config: dict[str, Any], text: dict[str, Any]) -> BackboneCo
         mlp_size=text["intermediate_size"],
         vocab_size=text["vocab_size"],
         max_position=text["max_position_embeddings"],
-        # transformers before 5 put it inside text_config; the outer one counts where both are there, unless it is the default.
+        # transformers before 5 put it inside text_config, the hub at the top.
         tie_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
         qkv_bias=True,
         rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),

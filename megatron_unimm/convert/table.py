@@ -1,4 +1,4 @@
-"""The declared table of a model family: which Hugging Face tensors make which Megatron tensor, read in both directions."""
+"""The declared table of a model family: which Hugging Face tensors make which Megatron tensor, for both directions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Mapping:
 
 @dataclass(frozen=True)
 class TiedTo:
-    """A Hugging Face tensor that is another name for one of the table. Folders may hold it or not; it is never written."""
+    """A Hugging Face tensor that is another name for one of the table. Folders may hold it; it is never written."""
 
     name: str
     same_as: str

@@ -1,7 +1,7 @@
 """How tensors of one layout become those of another: typed, shape-checked and exact in both directions.
 
-Each transform maps a fixed number of Hugging Face tensors to one Megatron tensor (``forward``) and back (``inverse``). They only
-reorder numbers, so that a round trip is bit-identical in any dtype.
+Each transform maps a fixed number of Hugging Face tensors to one Megatron tensor (``forward``) and back (``inverse``).
+They only reorder numbers, so that a round trip is bit-identical in any dtype.
 
 Legend  h hidden size, n attention heads, g key/value heads (groups), d head size, m MLP width.
 """
@@ -50,7 +50,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class QkvInterleave:
-    """q [n d, ...], k and v [g d, ...] to mcore's linear_qkv [g (n/g + 2) d, ...]: each group's queries, its key, its value."""
+    """q [n d, ...], k and v [g d, ...] to mcore's linear_qkv [g (n/g + 2) d, ...]: queries, key, value of each group."""
 
     num_heads: int
     num_kv_heads: int
@@ -117,7 +117,7 @@ class GateUp:
 
 @dataclass(frozen=True)
 class Conv3dToLinear:
-    """A convolution whose stride is its kernel, [h, channels, t, p, p], to the linear layer [h, channels t p p] that it is."""
+    """A convolution whose stride is its kernel, [h, channels, t, p, p], to the linear layer [h, channels t p p]."""
 
     channels: int
     temporal_patch_size: int

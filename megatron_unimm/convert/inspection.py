@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
+from rich.console import Console, Group
+from rich.table import Column, Table
 from rich.text import Text
 
 from megatron_unimm.checkpoint.manifest import MARKER, STEP_NAME, is_committed, read_manifest
@@ -16,6 +16,9 @@ from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.convert.folders import VISION_HEAD
 from megatron_unimm.convert.reader import HfFolder, read_config
 from megatron_unimm.convert.transforms import Shape
+
+MIN_WIDTH = 120
+"""Characters; narrower, tensor names would fill several lines each."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ def inspect_path(path: Path) -> Group:
     if (path / "config.json").is_file() and not (path / MARKER).is_file():
         return _hf_folder(path)
     return _checkpoint(path)
+
+
+def inspect(path: Path) -> str:
+    """:func:`inspect_path` as plain text."""
+    console = Console(width=max(MIN_WIDTH, Console().width), color_system=None)
+    with console.capture() as capture:
+        console.print(inspect_path(path))
+    return capture.get()
 
 
 def _checkpoint(path: Path) -> Group:
@@ -86,7 +97,7 @@ def _tensor_table(lines: Iterable[Line]) -> Table:
     groups: dict[tuple[str, Shape, torch.dtype], list[Line]] = {}
     for line in lines:
         groups.setdefault((re.sub(r"\.\d+\.", ".{}.", line.name, count=1), line.shape, line.dtype), []).append(line)
-    table = Table("tensor", "shape", "dtype", "count", "MB")
+    table = Table(Column("tensor", overflow="fold"), "shape", "dtype", "count", "MB")
     for (pattern, shape, dtype), members in groups.items():
         numbers = [int(match[1]) for line in members if (match := re.search(r"\.(\d+)\.", line.name))]
         name = pattern.replace("{}", f"{{{min(numbers)}..{max(numbers)}}}") if len(members) > 1 else members[0].name

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,10 @@ from megatron_unimm.convert.import_ import read_mapped
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.reader import HfFolder, read_config
 from megatron_unimm.convert.table import expand
+from megatron_unimm.errors import CheckpointError
+
+MAX_SHOWN = 10
+"""Differing tensors that an error names."""
 
 
 @dataclass(frozen=True)
@@ -27,43 +31,39 @@ class Weights:
     read: Callable[[str], Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify` found."""
+    """What :func:`verify` compared."""
 
-    tensors: int = 0
-    """Tensors compared."""
-    bytes: int = 0
-    """Bytes compared, of one side."""
-    differences: list[str] = field(default_factory=list)
-    """One line per tensor that differs or that one side lacks."""
+    tensors: int
+    bytes: int
+    """Size of one side's tensors."""
 
-    @property
-    def identical(self) -> bool:
-        """Whether both hold the same tensors, bit for bit."""
-        return not self.differences
+    def __str__(self) -> str:
+        return f"identical: {self.tensors} tensors, {self.bytes / 1e9:.3f} GB"
 
 
 def verify(a: Path, b: Path) -> VerifyReport:
-    """Compare the weights of two models bit by bit; optimizer state is left out. Every file of a checkpoint is hashed too.
+    """Compare the weights of two models bit by bit; optimizer state is left out. A checkpoint's files are hashed too.
 
     Raises:
-        CheckpointError: one of them cannot be read.
+        CheckpointError: they differ (names up to ten tensors), or one of them cannot be read.
     """
-    report = VerifyReport()
+    differences: list[str] = []
     with open_weights(a) as left, open_weights(b) as right:
         for name in sorted(left.nbytes.keys() ^ right.nbytes.keys()):
-            report.differences.append(f"{name}: only in {a if name in left.nbytes else b}")
+            differences.append(f"{name} is only in {a if name in left.nbytes else b}")
         common = [name for name in left.nbytes if name in right.nbytes]
         with progress("verify", sum(left.nbytes[name] for name in common)) as advance:
             for name in common:
                 difference = _difference(left.read(name), right.read(name))
                 if difference:
-                    report.differences.append(f"{name}: {difference}")
-                report.tensors += 1
-                report.bytes += left.nbytes[name]
+                    differences.append(f"{name}: {difference}")
                 advance(left.nbytes[name])
-    return report
+    if differences:
+        shown = "; ".join(differences[:MAX_SHOWN])
+        raise CheckpointError(f"{a} and {b}", f"{len(differences)} of {len(common)} tensors differ: {shown}")
+    return VerifyReport(tensors=len(common), bytes=sum(left.nbytes.values()))
 
 
 def _difference(left: Tensor, right: Tensor) -> str:

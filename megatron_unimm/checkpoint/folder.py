@@ -1,0 +1,75 @@
+"""Writing a whole checkpoint folder, whoever makes its tensors: a training run's ranks, or a conversion."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_unimm.checkpoint.manifest import (
+    FileRecord,
+    commit,
+    hashed_file,
+    remove_stale,
+    sync_folder,
+    temporary_name,
+)
+from megatron_unimm.checkpoint.ranks import Ranks, together
+from megatron_unimm.checkpoint.torch_dist import Index, write_index
+
+HF_FOLDER = "hf"
+"""Folder inside a checkpoint with the config and tokenizer files of the Hugging Face model."""
+
+Part = tuple[Index, dict[str, FileRecord]]
+"""What one rank wrote."""
+
+
+def save_files(
+    directory: Path,
+    write: Callable[[Path], Part],
+    meta: Mapping[str, Any],
+    *,
+    common: bytes,
+    ranks: Ranks,
+    hf_files: Sequence[Path] = (),
+) -> None:
+    """Write a checkpoint whose tensor files come from ``write(folder)``, and commit it; called on every rank.
+
+    ``common`` is the serialised dict of the values beside the tensors.
+    """
+    temporary = temporary_name(directory)
+    with together(ranks):
+        if ranks.rank == 0:
+            remove_stale(directory)
+            temporary.mkdir(parents=True)
+    with together(ranks):
+        part = write(temporary)
+    parts = ranks.gather(part)
+    with together(ranks):
+        if ranks.rank == 0:
+            files = _describe(temporary, parts, common)
+            files |= _copy_hf_files(hf_files, temporary)
+            commit(directory, files, meta)
+
+
+def _describe(
+    folder: Path, parts: Sequence[tuple[Index, dict[str, FileRecord]]], common: bytes
+) -> dict[str, FileRecord]:
+    index, files = Index(), {}
+    for part, written in parts:
+        index.add(part)
+        files |= written
+    return files | write_index(folder, index, common)
+
+
+def _copy_hf_files(paths: Sequence[Path], folder: Path) -> dict[str, FileRecord]:
+    if not paths:
+        return {}
+    target = folder / HF_FOLDER
+    target.mkdir()
+    files = {}
+    for path in paths:
+        with path.open("rb") as stream, hashed_file(target / path.name) as copy:
+            shutil.copyfileobj(stream, copy)
+        files[f"{HF_FOLDER}/{path.name}"] = copy.record()
+    sync_folder(target)
+    return files
