@@ -33,7 +33,7 @@ class StepResult:
     """What a step leaves on the device."""
 
     losses: Tensor
-    """float32 ``[terms]``: mean of each term over its global count; zeros on ranks that are not on the last pipeline stage."""
+    """float32 ``[terms]``: mean of each term over its global count, on every rank."""
     gradient_norm: Tensor
     """float32 scalar, before clipping."""
     module_norms: Tensor
@@ -78,12 +78,12 @@ class TrainStep:
         """Forward, backward and gradient reduction of this rank's rows of the global batch.
 
         Returns:
-            float32 ``[terms]``, the losses on the last pipeline stage.
+            float32 ``[terms]``: mean of each term over its global count, on every rank.
         """
         device = self.platform.device
         counts = torch.tensor(self.method.counts(rows), dtype=torch.float32, device=device)
         dist.all_reduce(counts, group=self.groups.collection.dp)
-        scale = self._weights / counts.clamp(min=1)
+        scale = self._weights / counts.clamp(min=1)  # [terms]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         outputs = self._schedule(
@@ -100,6 +100,7 @@ class TrainStep:
         sums = torch.stack([output["sums"] for output in outputs]).sum(dim=0) if outputs else torch.zeros_like(scale)
         # Context ranks hold parts of each row, data ranks whole rows; tensor ranks hold copies.
         dist.all_reduce(sums, group=self.groups.collection.dp_cp)
+        dist.all_reduce(sums, group=self.groups.collection.pp)  # zeros but on the last stage
         return sums / counts.clamp(min=1)
 
     def run(self, rows: Sequence[PackedRow], learning_rate: float) -> StepResult:

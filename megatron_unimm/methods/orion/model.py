@@ -4,6 +4,7 @@ Layout: ``[t, 1, H]`` between pipeline stages, t tokens of this rank; with a tea
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -90,6 +91,18 @@ class OrionModel(MegatronModule):
         super().train(mode)
         self.base.eval()
         return self
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a checkpoint keeps: everything but the frozen base (which comes from its own checkpoint) and FP8 history (rebuilt in a few steps)."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: value for key, value in state.items() if not key.startswith(f"{prefix}base.") and not key.endswith("_extra_state")}
+
+    def base_sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The frozen base under the names that the base model's checkpoint has."""
+        state: dict[str, Any] = {}
+        for name, part in self.base.named_children():
+            state |= part.sharded_state_dict(prefix=f"{name}.", metadata=metadata)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Megatron-Core's schedule hands over the previous stage's output here."""

@@ -1,0 +1,196 @@
+"""The loop: steps, clocks, records, checkpoints, signals. It knows no method."""
+
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_unimm.checkpoint.manifest import prune
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.loader import StepBatch, StepLoader
+from megatron_unimm.errors import UserError
+from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.record import Record, Totals, Window
+from megatron_unimm.train.schedule import learning_rate
+from megatron_unimm.train.state import Checkpointer
+from megatron_unimm.train.step import TrainStep
+
+STOPPED = 75
+"""Exit code after a signal and a save: run me again (EX_TEMPFAIL)."""
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGUSR1 into an agreement between all ranks to save and stop, without waiting in the step.
+
+    A flag is summed over ranks in the background during one step and read after it, so that all ranks stop after the same step.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._raised = False
+        self._flag = torch.zeros(1)
+        self._work: dist.Work | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._raised = True
+
+    def agreed(self) -> bool:
+        """Whether some rank had been told to stop before the step that has just ended."""
+        stop = False
+        if self._work is not None:
+            self._work.wait()
+            stop = bool(self._flag)
+        self._flag = torch.tensor([float(self._raised)])
+        self._work = dist.all_reduce(self._flag, group=self.group, async_op=True)
+        return stop
+
+    def finish(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+
+
+class Loop:
+    """Runs a stage from its current step to its last."""
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        total_steps: int,
+        loader: StepLoader,
+        step: TrainStep,
+        checkpointer: Checkpointer,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.stage = stage
+        self.total_steps = total_steps
+        self.loader = loader
+        self.train_step = step
+        self.groups = step.groups
+        self.platform = step.platform
+        self.checkpointer = checkpointer
+        self.callbacks = callbacks
+        self.step = 0
+        self.totals = Totals()
+        self.rate = 0.0
+        self._skipped_before = 0
+
+    def run(self) -> int:
+        """Train; returns the exit code: 0 done, 75 stopped by a signal after saving.
+
+        Raises:
+            UserError: more steps in a row were skipped than ``train.spike.max_consecutive``.
+        """
+        stop = StopSignal(self.groups.host)
+        window = Window(self.platform.device, len(self.train_step.method.terms))
+        for callback in self.callbacks:
+            callback.on_start(self)
+        stopped = False
+        window.reset()
+        while self.step < self.total_steps and not stopped:
+            batch = next(self.loader)
+            self._one_step(batch, window)
+            stopped = stop.agreed()
+            if self.step % self.stage.train.logging.every_steps == 0 or self.step == self.total_steps or stopped:
+                self._record(window)
+            if self.step % self.stage.train.checkpoint.every_steps == 0 and self.step < self.total_steps:
+                self.save(asynchronous=self.stage.train.checkpoint.asynchronous)
+        stop.finish()
+        self.save(asynchronous=False)
+        self.loader.close()
+        for callback in self.callbacks:
+            callback.on_end(self)
+        return STOPPED if stopped and self.step < self.total_steps else 0
+
+    def _one_step(self, batch: StepBatch, window: Window) -> None:
+        self.rate = learning_rate(self.step, self.total_steps, self.stage.train.schedule)
+        result = self.train_step.run(batch.rows, self.rate)
+        self.step += 1
+        window.add(result, batch)
+        self.totals.add(batch)
+        for callback in self.callbacks:
+            callback.on_step(self, batch)
+
+    def _record(self, window: Window) -> None:
+        record = self._summarise(window)
+        if record.skipped_now:
+            self._name_worst(record)
+        for callback in self.callbacks:
+            callback.on_record(self, record)
+        in_a_row = int(self.train_step.guard.in_a_row.item())
+        if in_a_row > self.stage.train.spike.max_consecutive:
+            raise UserError(
+                f"step {self.step}",
+                f"{in_a_row} steps in a row had anomalous gradients (train.spike.max_consecutive is {self.stage.train.spike.max_consecutive}); "
+                "go back to an earlier checkpoint with --resume DIR, or lower the learning rate",
+            )
+        window.reset()
+
+    def _summarise(self, window: Window) -> Record:
+        """The one place where the host waits for the device."""
+        method, last = self.train_step.method, window.last
+        assert last is not None
+        means = (window.losses / window.good_steps.clamp(min=1)).tolist()
+        losses = dict(zip(method.terms, means, strict=True))
+        weighted = {name: weight * losses[name] for name, weight in zip(method.terms, method.weights, strict=True)}
+        seconds = time.perf_counter() - window.started
+        # Each data-parallel rank has its own rows; the others repeat them.
+        counts = torch.tensor([window.tokens, window.positions, window.images, window.samples], dtype=torch.float64, device=self.platform.device)
+        dist.all_reduce(counts, group=self.groups.collection.dp)
+        tokens, positions, images, samples = counts.tolist()
+        multipliers = sorted({rule.learning_rate_multiplier for rule in self.stage.train.trainable if rule.train})
+        skipped = int(self.train_step.guard.skipped.item())
+        skipped_now, self._skipped_before = skipped - self._skipped_before, skipped
+        return Record(
+            step=self.step,
+            total_steps=self.total_steps,
+            losses=losses,
+            weighted=weighted,
+            total_loss=sum(weighted.values()),
+            learning_rates={f"x{multiplier:g}": self.rate * multiplier for multiplier in multipliers},
+            gradient_norm=last.gradient_norm.item(),
+            module_norms=dict(zip(self.train_step.meter.modules, last.module_norms.tolist(), strict=True)),
+            skipped_steps=skipped,
+            skipped_now=skipped_now,
+            step_seconds=seconds / window.steps,
+            tokens_per_second=tokens / seconds,
+            images_per_second=images / seconds,
+            samples_per_second=samples / seconds,
+            padding_share=1 - tokens / max(1.0, positions),
+            draws=dict(self.totals.draws),
+            faults=dict(self.totals.faults),
+            memory_bytes=self.platform.max_memory_allocated(),
+        )
+
+    def _name_worst(self, record: Record) -> None:
+        """Say which tensors had the largest gradients in the last skipped step; every rank may hold some."""
+        worst = torch.nan_to_num(self.train_step.worst, nan=float("inf"), posinf=float("inf")).tolist()
+        mine = sorted(zip(worst, self.train_step.meter.tensor_names, strict=True), reverse=True)[:3]
+        everyone: list[list[tuple[float, str]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine, group=self.groups.host)
+        top = sorted({entry for part in everyone for entry in part}, reverse=True)[:3]
+        record.extra.update({f"skipped_tensor/{name}": norm for norm, name in top})
+
+    def save(self, asynchronous: bool) -> None:
+        """Write a checkpoint of the current step, and delete those that the config does not keep."""
+        settings = self.stage.train.checkpoint
+        self.checkpointer.save(self.step, self.progress(), asynchronous)
+        if dist.get_rank() == 0:
+            prune(self.checkpointer.folder, settings.keep_last, settings.keep_every_steps)
+
+    def progress(self) -> dict:
+        """Small state beside the tensors."""
+        return {"loader": self.loader.state_dict(), "totals": self.totals.state_dict(), "spike": self.train_step.guard.state.tolist(), "rate": self.rate}
+
+    def restore(self, meta: dict) -> None:
+        """Go on from a checkpoint's meta."""
+        progress = meta["progress"]
+        self.step = meta["step"]
+        self.loader.load_state_dict(progress["loader"])
+        self.totals.load_state_dict(progress["totals"])
+        self.train_step.guard.state = torch.tensor(progress["spike"], device=self.platform.device)
+        self._skipped_before = int(progress["spike"][2])

@@ -1,0 +1,116 @@
+"""Builds what a stage needs on this rank, in the order in which the parts depend on one another."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_unimm.checkpoint.manifest import read_meta
+from megatron_unimm.checkpoint.store import HF_FOLDER
+from megatron_unimm.config.layout import check_layout
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
+from megatron_unimm.data.conversations import open_sources
+from megatron_unimm.data.loader import DataShard, StepLoader
+from megatron_unimm.data.mix import Mix
+from megatron_unimm.errors import ConfigError
+from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.registry import build_method
+from megatron_unimm.models.trainable import apply_rules, check_used
+from megatron_unimm.models.transformer_config import DTYPES
+from megatron_unimm.parallel.groups import ParallelGroups, initialize_groups
+from megatron_unimm.parallel.platform import Platform, select_platform
+from megatron_unimm.train.state import Start, base_directory, check_architecture, load_base, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+def world_size() -> int:
+    """Ranks that torchrun or srun started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def enter(stage: StageConfig) -> tuple[Platform, ParallelGroups]:
+    """Check the layout, choose the device, join the other ranks."""
+    check_layout(stage, world_size())
+    platform = select_platform(stage.system.platform, stage.system.cpu_threads)
+    groups = initialize_groups(stage.system.parallel, platform, stage.train.seed, stage.system.timeout_minutes)
+    return platform, groups
+
+
+def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> tuple[Method, list[MegatronModule]]:
+    """The method and this rank's model chunks, frozen where the stage's table says so.
+
+    Raises:
+        ConfigError: a parameter without a rule, or a rule without a parameter.
+    """
+    method = build_method(stage, platform, groups)
+    dtype = DTYPES[stage.system.precision.dtype]
+    chunks = [method.build(number).to(platform.device, dtype) for number in range(stage.system.parallel.virtual_pipeline)]
+    used: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(used, apply_rules(chunks, stage.train.trainable), group=groups.host)
+    check_used(set().union(*used), stage.train.trainable)
+    return method, chunks
+
+
+def fill(chunks: list[MegatronModule], stage: StageConfig, start: Start, groups: ParallelGroups) -> None:
+    """Weights of the model (unless a resume brings them) and of its frozen companions."""
+    base = base_directory(stage)
+    check_architecture(base, stage.model)
+    load_base(chunks, base, groups)
+    if not start.resume:
+        check_architecture(start.directory, stage.model)
+        load_weights(chunks, start.directory, groups)
+
+
+def chat_format(stage: StageConfig) -> ChatFormat:
+    """Tokenizer and sizes: the recipe's tokenizer, or the one that was imported with the base model."""
+    folder = stage.data.tokenizer or str(base_directory(stage) / HF_FOLDER)
+    if not stage.data.tokenizer:
+        read_meta(base_directory(stage))  # an unfinished import is a clearer error than a missing folder
+    return ChatFormat(ChatTokenizer(folder, stage.model), stage.model.vision_encoder, stage.data)
+
+
+def open_data(stage: StageConfig, groups: ParallelGroups) -> tuple[StepLoader, int]:
+    """The loader of this rank and the number of optimizer steps of the stage.
+
+    Raises:
+        ConfigError: the stage has no source, or the mix is shorter than one step.
+    """
+    active = {name: source for name, source in stage.data.sources.items() if source is not None and source.weight > 0}
+    if not active:
+        raise ConfigError("data.sources", f"stage {stage.name} has no source with a weight above 0; give it one")
+    sources = open_sources(active)
+    mix = Mix(sources, {name: source.weight for name, source in active.items()}, stage.train.seed)
+    batch = stage.train.global_batch_size
+    steps = stage.train.steps if stage.train.steps is not None else mix.num_steps(stage.train.epochs or 0, batch)
+    if steps < 1:
+        raise ConfigError("train.epochs", f"{stage.train.epochs} epochs of {mix.epoch_size} samples make no step of {batch}; use train.steps")
+    parallel = stage.system.parallel
+    shard = DataShard(
+        dp_rank=groups.data_rank,
+        dp_size=groups.data_size,
+        rows_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        alignment=2 * parallel.context if parallel.context > 1 else 1,
+        need_pixels=groups.is_first_stage() or groups.is_last_stage(),
+    )
+    loader = StepLoader(chat=chat_format(stage), sources=sources, mix=mix, global_batch_size=batch, shard=shard)
+    return loader, steps
+
+
+def describe_trainable(chunks: list[MegatronModule]) -> str:
+    """One line per module of this rank: trained and frozen parameters."""
+    lines = []
+    for chunk in chunks:
+        for name, module in chunk.named_children():
+            total = sum(parameter.numel() for parameter in module.parameters())
+            trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+            lines.append(f"  {name:<16} {total:>14,} parameters on this rank, {trained:>14,} train")
+    return "\n".join(lines)
+
+
+def stage_folder(run_dir: Path, stage: StageConfig) -> Path:
+    """Folder of a stage's logs and checkpoints."""
+    return run_dir / stage.name

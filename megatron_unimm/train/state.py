@@ -1,0 +1,200 @@
+"""What a checkpoint holds, and where a stage starts from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
+from megatron_unimm.checkpoint.store import HF_FOLDER, PendingSave, load, save
+from megatron_unimm.config.load import dump
+from megatron_unimm.config.model import ModelConfig
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.errors import CheckpointError
+from megatron_unimm.parallel.groups import ParallelGroups
+
+NEW_PARTS = ("vision_head.*",)
+"""Parts that a base model may lack; they keep their fresh weights."""
+
+
+def checkpoint_folder(run_dir: Path, stage_name: str) -> Path:
+    """Folder of a stage's ``step_`` folders."""
+    return run_dir / stage_name / "checkpoints"
+
+
+def sharding_metadata(groups: ParallelGroups) -> dict[str, Any]:
+    """How Megatron-Core describes tensors: one key per layer, optimizer state shaped like its parameters, so that any layout reads any other's."""
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": groups.collection.dp_cp,
+    }
+
+
+def model_state(chunks: list[MegatronModule], groups: ParallelGroups) -> dict[str, Any]:
+    """Sharded state of the trained model: this rank's chunks."""
+    metadata = sharding_metadata(groups)
+    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+
+
+def load_weights(chunks: list[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
+    """Fill the model from a base model or another run's checkpoint, whatever its layout.
+
+    Raises:
+        CheckpointError: it is of another architecture; names the first tensor that differs.
+    """
+    load(model_state(chunks, groups), directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*",))
+
+
+def load_base(chunks: list[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
+    """Fill the frozen companions (teacher, target tower) from the base model."""
+    metadata = sharding_metadata(groups)
+    state = {f"model{number}": chunk.base_sharded_state_dict(metadata) for number, chunk in enumerate(chunks)}
+    load(state, directory, may_be_unread=("*",))
+
+
+def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
+    """Compare the model that a checkpoint says it holds with the recipe's, field by field; returns the checkpoint's meta.
+
+    Raises:
+        CheckpointError: names the first field that differs, with both values.
+    """
+    meta = read_meta(directory)
+    if "architecture" in meta:
+        theirs = flatten(ModelConfig.model_validate(meta["architecture"]).model_dump())
+        ours = flatten(model.model_dump())
+        for field, value in ours.items():
+            if theirs.get(field) != value:
+                raise CheckpointError(
+                    str(directory),
+                    f"is of another architecture: model.{field} is {theirs.get(field)} there and {value} in the recipe; take the recipe of that model",
+                )
+    return meta
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stage starts."""
+
+    directory: Path
+    """Checkpoint to read weights from."""
+    resume: bool
+    """True: also optimizer, schedule and data position."""
+
+
+def find_start(stage: StageConfig, run_dir: Path, resume: str) -> Start:
+    """The stage's own last checkpoint, else the previous stage's, else the base model.
+
+    Args:
+        resume: ``auto``, ``never`` or a checkpoint's folder.
+
+    Raises:
+        CheckpointError: nothing is there to start from; says what to run first.
+    """
+    if resume not in ("auto", "never"):
+        return Start(Path(resume), resume=True)
+    own = latest(checkpoint_folder(run_dir, stage.name))
+    if own is not None and resume == "auto":
+        return Start(own, resume=True)
+    if stage.after is not None:
+        before = latest(checkpoint_folder(run_dir, stage.after))
+        if before is None:
+            folder = checkpoint_folder(run_dir, stage.after)
+            raise CheckpointError(
+                f"stage {stage.name}",
+                f"starts from stage {stage.after}, which has no finished checkpoint in {folder}; run --stage {stage.after} first",
+            )
+        return Start(before, resume=False)
+    return Start(base_directory(stage), resume=False)
+
+
+def base_directory(stage: StageConfig) -> Path:
+    """The imported base model of a recipe."""
+    if not stage.base_checkpoint:
+        raise CheckpointError("base_checkpoint", "is not set; give the folder that `unimm convert import` wrote")
+    return Path(stage.base_checkpoint)
+
+
+class Checkpointer:
+    """Saves and restores a stage's training state; at most one save is under way."""
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        run_dir: Path,
+        wrapped: list[DistributedDataParallel],
+        optimizer: ChainedOptimizer,
+        groups: ParallelGroups,
+        io_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.stage = stage
+        self.folder = checkpoint_folder(run_dir, stage.name)
+        self.wrapped = wrapped
+        self.optimizer = optimizer
+        self.groups = groups
+        self.io_group = io_group
+        self._pending: PendingSave | None = None
+
+    def save(self, step: int, progress: dict[str, Any], asynchronous: bool) -> Path:
+        """Write ``step_…``; returns its folder once the tensors are copied (asynchronous) or committed.
+
+        Args:
+            progress: small JSON state: data position, skip counters.
+        """
+        self.wait()
+        directory = step_directory(self.folder, step)
+        base_meta = read_meta(base_directory(self.stage))
+        meta = {
+            "kind": "training",
+            "family": base_meta["family"],
+            "architecture": self.stage.model.model_dump(mode="json"),
+            "vision_head": self.stage.method.vision_head.model_dump(mode="json"),
+            "stage": self.stage.name,
+            "step": step,
+            "progress": progress,
+            "config": dump(self.stage),
+        }
+        self._pending = save(
+            self._state(is_loading=False),
+            directory,
+            meta,
+            asynchronous=asynchronous,
+            group=self.io_group,
+            hf_files=base_directory(self.stage) / HF_FOLDER,
+        )
+        return directory
+
+    def wait(self) -> None:
+        """Until the last save is committed."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def restore(self, directory: Path) -> dict[str, Any]:
+        """Fill model and optimizer; returns the checkpoint's meta."""
+        meta = check_architecture(directory, self.stage.model)
+        if meta.get("kind") != "training":
+            raise CheckpointError(str(directory), "is a base model without optimizer state; start from it with --resume never")
+        state = load(self._state(is_loading=True), directory)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for wrapped in self.wrapped:
+            wrapped.module.eval().train()
+        return meta
+
+    def _state(self, is_loading: bool) -> dict[str, Any]:
+        state = model_state([wrapped.module for wrapped in self.wrapped], self.groups)
+        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=sharding_metadata(self.groups))
+        return state
