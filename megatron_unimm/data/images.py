@@ -20,7 +20,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _NORMALISED = ((np.arange(256) / 255.0 - np.array(CLIP_MEAN)[:, None]) / np.array(CLIP_STD)[:, None]).astype(np.float32)
 
 # Data files come from anywhere, so only formats that Pillow decodes itself; EPS, for one, would start Ghostscript.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 
 EXIF_ORIENTATION = 0x0112
 TRANSPOSE = {
@@ -143,7 +143,9 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none."""
+    """The EXIF orientation that is left to apply, 1 (upright) where there is none."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, and its size is that of the turned image.
     try:
         # The method of the base class: the one of PNG decodes the whole image to look for EXIF data behind it.
         return int(Image.Image.getexif(image).get(EXIF_ORIENTATION, 1))
