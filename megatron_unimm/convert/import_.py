@@ -22,8 +22,8 @@ def import_checkpoint(hf_dir: Path, ckpt_dir: Path) -> None:
     A ``vision_head/`` folder that :func:`export_checkpoint` wrote beside the model is taken back in.
 
     Raises:
-        CheckpointError: the folder is incomplete, not of a known family, has a missing, left over or misshapen tensor, or
-            the target exists or has no room.
+        CheckpointError: the folder is incomplete, not of a known family, has a missing, left over or misshapen
+            tensor, or the target exists or has no room.
     """
     config = read_config(hf_dir)
     family = family_of(config, str(hf_dir / "config.json"))

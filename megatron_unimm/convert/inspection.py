@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -16,10 +16,6 @@ from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.convert.folders import VISION_HEAD
 from megatron_unimm.convert.reader import HfFolder, read_config
 from megatron_unimm.convert.transforms import Shape
-
-MIN_WIDTH = 120
-"""Characters; narrower, tensor names would fill several lines each."""
-
 
 @dataclass(frozen=True)
 class Line:
@@ -44,14 +40,6 @@ def inspect_path(path: Path) -> Group:
     if (path / "config.json").is_file() and not (path / MARKER).is_file():
         return _hf_folder(path)
     return _checkpoint(path)
-
-
-def inspect(path: Path) -> str:
-    """:func:`inspect_path` as plain text."""
-    console = Console(width=max(MIN_WIDTH, Console().width), color_system=None)
-    with console.capture() as capture:
-        console.print(inspect_path(path))
-    return capture.get()
 
 
 def _checkpoint(path: Path) -> Group:

@@ -50,7 +50,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class QkvInterleave:
-    """q [n d, ...], k and v [g d, ...] to mcore's linear_qkv [g (n/g + 2) d, ...]: queries, key, value of each group."""
+    """q [n d, ...], k and v [g d, ...] to mcore's linear_qkv [g (n/g + 2) d, ...]: each group's queries, key, value."""
 
     num_heads: int
     num_kv_heads: int
