@@ -43,8 +43,8 @@ ensure_env() {
         echo "Making the environment $folder (once, some minutes)"
         "$python" -m venv "$folder" || return 2
     fi
-    export PATH="$PWD/$folder/bin:$PATH"
-    [[ "$folder" == /* ]] && export PATH="$folder/bin:$PATH"
+    folder="$(cd "$folder" && pwd)"
+    export PATH="$folder/bin:$PATH"
     # Installed already from this very pyproject.toml? Then there is nothing to do.
     stamp="$folder/.unimm-${2:-plain}"
     if [[ -f "$stamp" ]] && cmp --silent pyproject.toml "$stamp"; then

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -142,11 +143,11 @@ def test_codes_of_commands_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_train_hands_on_its_arguments(
     repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_module = pytest.importorskip("megatron_unimm.train.run")
     monkeypatch.chdir(repo)
     monkeypatch.delenv("RUNS", raising=False)
     calls = []
-    monkeypatch.setattr(run_module, "train_stage", lambda *args, **kwargs: calls.append((args, kwargs)) or 75)
+    stand_in = SimpleNamespace(train_stage=lambda *args, **kwargs: calls.append((args, kwargs)) or 75)
+    monkeypatch.setitem(sys.modules, "megatron_unimm.train.run", stand_in)
     recipe = "configs/orion/shapes.yaml"
     assert run(["train", recipe, "--stage", "sft", "train.steps=3", "--dry-run"], capsys)[0] == 75
     assert run(["train", recipe, "--stage", "sft", "--run-dir", "x", "--resume", "never"], capsys)[0] == 75
