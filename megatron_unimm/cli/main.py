@@ -4,6 +4,7 @@ Nothing heavy (torch, Megatron-Core, pydantic) is imported here or at the top of
 at once. Exit codes: 0 done, 2 wrong usage, config or input, 75 stopped by a signal after saving, 130 interrupted.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ for command in COMMANDS:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors of the user become one line on stderr."""
+    _set_up_logging()
     try:
         # Without standalone mode click returns what the command returns, or the code of ctx.exit().
         code = unimm.main(args=arguments, prog_name="unimm", standalone_mode=False)
@@ -57,6 +59,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """The console script."""
     sys.exit(run())
+
+
+def _set_up_logging() -> None:
+    """Our own messages from the first rank, warnings from all."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("megatron_unimm").setLevel(logging.INFO if is_first else logging.WARNING)
 
 
 def _report(message: str) -> int:

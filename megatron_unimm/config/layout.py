@@ -93,6 +93,7 @@ def _tensor_sharded(stage: StageConfig) -> Iterator[tuple[str, int]]:
         yield "model.backbone.moe.shared_expert_size", backbone.moe.shared_expert_size
     yield "model.vision_encoder.num_heads", vision.num_heads
     yield "model.vision_encoder.mlp_size", vision.mlp_size
+    yield from stage.method.tensor_sharded(backbone.hidden_size).items()
 
 
 def _check_experts(parallel: ParallelConfig, backbone: BackboneConfig) -> None:

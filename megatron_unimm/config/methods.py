@@ -23,5 +23,12 @@ class OrionConfig(Section):
     vision_head: VisionHeadConfig = VisionHeadConfig()
     loss_weights: LossWeights = LossWeights()
 
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Sizes of the method's own parts that tensor parallelism cuts, by name; every method's section has this."""
+        if self.vision_head.kind == "mlp":
+            return {"method.vision_head.expansion x hidden_size": self.vision_head.expansion * hidden_size}
+        # The Q-Former is computed whole on every rank.
+        return {"model.backbone.hidden_size": hidden_size} if self.vision_head.kind == "linear" else {}
+
 
 MethodConfig = OrionConfig

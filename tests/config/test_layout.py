@@ -72,6 +72,13 @@ def test_layouts_that_fit(shapes: Path, settings: list[str], world_size: int, da
             "system.parallel.tensor",
             "4 is neither a divisor nor a multiple of model.backbone.num_kv_heads 6",
         ),
+        (
+            ["tensor=3", "model.backbone.num_heads=6", "model.backbone.mlp_size=513", "model.backbone.vocab_size=513"]
+            + ["model.backbone.num_kv_heads=3", "model.vision_encoder={num_heads: 6, mlp_size: 351}"],
+            3,
+            "system.parallel.tensor",
+            "3 does not divide method.vision_head.expansion x hidden_size 2048",
+        ),
         (["sequence=true"], 1, "system.parallel.sequence", "true, but tensor is 1"),
         ([MOE, "tensor=2"], 2, "system.parallel.sequence", "false, but tensor is 2 and the model has experts"),
         (["expert=2"], 2, "system.parallel.expert", "2, but model.backbone.moe is null"),
