@@ -130,7 +130,7 @@ class _LineFile:
         line = os.pread(self._file, end - start, start)
         try:
             return json.loads(line.removeprefix(UTF8_BOM))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(
                 where, f"not valid JSON ({error}); write one object per line", "malformed conversation"
             ) from error
@@ -143,7 +143,7 @@ class _ArrayFile:
         self._path = path
         try:
             items = json.loads(path.read_bytes().removeprefix(UTF8_BOM))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(str(path), f"not valid JSON ({error})") from error
         self._items: list[object] = items
 
@@ -198,6 +198,8 @@ def _parse_turn(entry: object, num_images: int, place: str, where: str) -> tuple
     role = entry.get("from")
     if not isinstance(role, str) or role not in ROLES:
         raise SampleError(where, f"{place} is from {role!r}; known roles: {', '.join(ROLES)}", "malformed conversation")
+    if not _is_unicode(entry["value"]):
+        raise SampleError(where, f"{place} holds half a surrogate pair, which no text can", "malformed conversation")
     parts: list[str | int] = []
     for number, text in enumerate(entry["value"].split(IMAGE_MARK)):
         if number:
@@ -206,6 +208,15 @@ def _parse_turn(entry: object, num_images: int, place: str, where: str) -> tuple
         if text:
             parts.append(text)
     return Turn(role=ROLES[role], parts=tuple(parts)), num_images
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded; JSON's escapes can write one that cannot, and the tokenizer would stop the run."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_images(item: dict, where: str) -> list[str]:

@@ -92,6 +92,8 @@ MALFORMED = [
     (conversation(("human", 3)), "turn 1 is not an object with 'from' and a text 'value'"),
     (conversation(("human", "x")), "no turn is from gpt"),
     (asked("x", image=5), "neither a path nor a list"),
+    (asked("\ud800"), "turn 1 holds half a surrogate pair"),
+    ("[" * 100_000, "not valid JSON"),
 ]
 IMAGES = [
     (asked("<image> <image>", image="a.png"), "image count", "2 <image> marks but 1 images"),
