@@ -73,8 +73,11 @@ def test_layouts_that_fit(shapes: Path, settings: list[str], world_size: int, da
             "4 is neither a divisor nor a multiple of model.backbone.num_kv_heads 6",
         ),
         (
-            ["tensor=3", "model.backbone.num_heads=6", "model.backbone.mlp_size=513", "model.backbone.vocab_size=513"]
-            + ["model.backbone.num_kv_heads=3", "model.vision_encoder={num_heads: 6, mlp_size: 351}"],
+            [
+                "tensor=3",
+                "model.backbone={num_heads: 6, num_kv_heads: 3, mlp_size: 513, vocab_size: 513}",
+                "model.vision_encoder={num_heads: 6, mlp_size: 351}",
+            ],
             3,
             "system.parallel.tensor",
             "3 does not divide method.vision_head.expansion x hidden_size 2048",
