@@ -265,7 +265,7 @@ def test_back_pressure(make_loader, monkeypatch):
 
     monkeypatch.setattr(loader, "_prepare", counted)
     take(loader, 1)
-    assert third.wait(10)
+    assert third.wait(60)
     assert not threading.Event().wait(0.2)  # Time in which more could be started.
     assert sorted(prepared) == [0, 1, 2]
 
