@@ -44,10 +44,14 @@ def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
 
 
 def test_help_is_there_at_once() -> None:
-    """Measured 0.15 s; the limit leaves room for a busy machine. What would break it is an import of torch (2 s)."""
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "megatron_unimm.cli", "--help"], check=True, capture_output=True)
-    assert time.monotonic() - started < 1.5
+    """Measured 0.15 s. The best of three, and a wide limit, for busy machines; an import of torch alone takes 2 s."""
+
+    def seconds() -> float:
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "megatron_unimm.cli", "--help"], check=True, capture_output=True)
+        return time.monotonic() - started
+
+    assert min(seconds() for _ in range(3)) < 1.5
 
 
 def test_help_imports_nothing_heavy() -> None:
