@@ -12,7 +12,7 @@ from megatron_unimm.checkpoint.torch_dist import Piece, serialise, write_pieces
 from megatron_unimm.convert.families import family_of
 from megatron_unimm.convert.folders import VISION_HEAD, check_target, companions
 from megatron_unimm.convert.progress import progress
-from megatron_unimm.convert.reader import HfFolder, read_config
+from megatron_unimm.convert.reader import HfFolder, read_added_tokens, read_config
 from megatron_unimm.convert.table import Mapping, expand
 
 
@@ -27,7 +27,7 @@ def import_checkpoint(hf_dir: Path, ckpt_dir: Path) -> None:
     """
     config = read_config(hf_dir)
     family = family_of(config, str(hf_dir / "config.json"))
-    model = family.to_model_config(config)
+    model = family.to_model_config(config, read_added_tokens(hf_dir))
     mappings = expand(family.rows(model))
     meta: dict[str, Any] = {
         "kind": "base_model",

@@ -17,6 +17,7 @@ from megatron_unimm.convert.folders import VISION_HEAD
 from megatron_unimm.convert.reader import HfFolder, read_config
 from megatron_unimm.convert.transforms import Shape
 
+
 @dataclass(frozen=True)
 class Line:
     """A tensor to show."""

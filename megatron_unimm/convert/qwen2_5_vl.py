@@ -136,8 +136,10 @@ def hub_name(name: str) -> str:
 # ---------------------------------------------------------------------------------------------- config.json
 
 
-def to_model_config(config: dict[str, Any]) -> ModelConfig:
+def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None = None) -> ModelConfig:
     """Read ``config.json``, as on the hub (text values at the top) or as transformers 5 saves it (``text_config``).
+
+    ``added_tokens`` are the tokenizer's special tokens, of which ``config.json`` knows only some.
 
     Raises:
         CheckpointError: a value is missing, or describes a model that is not Qwen2.5-VL as published.
@@ -148,7 +150,7 @@ def to_model_config(config: dict[str, Any]) -> ModelConfig:
         return ModelConfig(
             vision_encoder=_vision_config(vision),
             backbone=_backbone_config(config, text),
-            token_ids=_token_ids(config, text),
+            token_ids=_token_ids(config, added_tokens or {}),
         )
     except KeyError as error:
         raise CheckpointError("config.json", f"has no {error.args[0]!r}; take the folder as published") from error
@@ -202,12 +204,12 @@ def _rope(text: dict[str, Any]) -> dict[str, Any]:
     return text.get("rope_parameters") or text.get("rope_scaling") or {}
 
 
-def _token_ids(config: dict[str, Any], text: dict[str, Any]) -> TokenIds:
+def _token_ids(config: dict[str, Any], added_tokens: dict[str, int]) -> TokenIds:
     defaults = TokenIds()
     return TokenIds(
-        pad=defaults.pad if text.get("pad_token_id") is None else text["pad_token_id"],
-        im_start=defaults.im_start,
-        im_end=defaults.im_end,
+        pad=added_tokens.get("<|endoftext|>", defaults.pad),
+        im_start=added_tokens.get("<|im_start|>", defaults.im_start),
+        im_end=added_tokens.get("<|im_end|>", defaults.im_end),
         vision_start=config.get("vision_start_token_id", defaults.vision_start),
         vision_end=config.get("vision_end_token_id", defaults.vision_end),
         image_pad=config.get("image_token_id", defaults.image_pad),
@@ -247,7 +249,6 @@ def to_hf_config(model: ModelConfig) -> dict[str, Any]:
         "rope_scaling": {"type": "mrope", "mrope_section": b.mrope_sections},
         "use_sliding_window": False,
         "tie_word_embeddings": b.tie_embeddings,
-        "pad_token_id": ids.pad,
         "eos_token_id": ids.im_end,
         "vision_start_token_id": ids.vision_start,
         "vision_end_token_id": ids.vision_end,

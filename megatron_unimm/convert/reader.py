@@ -133,13 +133,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(str(folder), "has no config.json; name a Hugging Face model folder")
+    return _read_json(path)
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """Special tokens of ``tokenizer.json`` and their numbers; none where the folder has no such file.
+
+    Raises:
+        CheckpointError: it is not JSON.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    return {token["content"]: token["id"] for token in _read_json(path).get("added_tokens", [])}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(str(path), f"is no JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(str(path), "is no JSON object; download it again")
-    return config
+    return content
 
 
 def weight_files(folder: Path) -> list[Path]:

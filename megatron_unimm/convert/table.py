@@ -63,8 +63,8 @@ class Family:
     """What checkpoints record."""
     architecture: str
     """``architectures[0]`` of ``config.json``."""
-    to_model_config: Callable[[dict[str, Any]], ModelConfig]
-    """Reads ``config.json``; raises CheckpointError on a value that we cannot build."""
+    to_model_config: Callable[[dict[str, Any], dict[str, int]], ModelConfig]
+    """Reads ``config.json`` and the tokenizer's added tokens; raises CheckpointError on what we cannot build."""
     to_hf_config: Callable[[ModelConfig], dict[str, Any]]
     """Writes ``config.json`` for a model that never had one."""
     rows: Callable[[ModelConfig], Sequence[Row]]

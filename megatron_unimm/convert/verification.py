@@ -15,8 +15,9 @@ from megatron_unimm.convert.families import family_of
 from megatron_unimm.convert.folders import VISION_HEAD
 from megatron_unimm.convert.import_ import read_mapped
 from megatron_unimm.convert.progress import progress
-from megatron_unimm.convert.reader import HfFolder, read_config
+from megatron_unimm.convert.reader import HfFolder, read_added_tokens, read_config
 from megatron_unimm.convert.table import expand
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -108,7 +109,7 @@ def _checkpoint_weights(path: Path, stack: ExitStack) -> Weights:
 def _hf_weights(path: Path, stack: ExitStack) -> Weights:
     config = read_config(path)
     family = family_of(config, str(path / "config.json"))
-    model = family.to_model_config(config)
+    model = family.to_model_config(config, read_added_tokens(path))
     mappings = {mapping.megatron: mapping for mapping in expand(family.rows(model))}
     folder = stack.enter_context(HfFolder(path, family.hub_name))
     folder.check(list(mappings.values()), family.tied(model))
