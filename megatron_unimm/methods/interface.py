@@ -17,8 +17,12 @@ class Method(Protocol):
     weights: tuple[float, ...]
     """Weight of each term in the total."""
 
-    def build(self, virtual_stage: int) -> MegatronModule:
-        """This rank's model chunk; its forward maps a batch to the next chunk's input or, on the last, to float32 ``[terms]`` sums."""
+    def build(self, virtual_stage: int, with_base: bool = True) -> MegatronModule:
+        """This rank's model chunk; its forward maps a batch to the next chunk's input or, on the last, to float32 ``[terms]`` sums.
+
+        Args:
+            with_base: hold the frozen companions (teacher, target tower) too, which generating does without.
+        """
         ...
 
     def batch(self, row: PackedRow, model: Any, device: torch.device) -> Any:

@@ -29,8 +29,8 @@ class Orion:
         rules = stage.train.trainable
         self.frozen = FrozenParts(vision_encoder=is_frozen("vision_encoder", rules), backbone=is_frozen("backbone", rules))
 
-    def build(self, virtual_stage: int) -> OrionModel:
-        return OrionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage)
+    def build(self, virtual_stage: int, with_base: bool = True) -> OrionModel:
+        return OrionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage, with_base)
 
     def batch(self, row: PackedRow, model: OrionModel, device: torch.device) -> OrionBatch:
         return build_batch(row, self.stage.model, model.role(), device, DTYPES[self.stage.system.precision.dtype])

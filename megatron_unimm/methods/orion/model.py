@@ -14,11 +14,12 @@ from torch import Tensor
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.orion import losses
 from megatron_unimm.methods.orion.batch import OrionBatch, Role, Sight
+from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.decoder import Backbone, merge_visual_tokens
 from megatron_unimm.models.heads import build_vision_head
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import backbone_transformer_config, vision_transformer_config
-from megatron_unimm.models.vision.qwen2_5 import Qwen25VisionEncoder
+from megatron_unimm.models.vision.qwen2_5 import Qwen25VisionEncoder, VisionInput
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.pipeline import with_zero_gradient
 from megatron_unimm.parallel.platform import Platform
@@ -218,6 +219,34 @@ class OrionModel(MegatronModule):
             # The head takes part with nothing, so that its gradients are there on every rank.
             mse = self.vision_head(hidden[:1]).sum() * 0.0
         return losses.stack_terms(ce, mse, kl)
+
+    # -- generation (the contract of generate/staged.py) -----------------------------------------------------------------------------------
+
+    def see(self, images: VisionInput) -> Tensor:
+        """Visual tokens ``[V, H]`` of images that are read, through the student's tower (first stage)."""
+        return self.vision_encoder(images)
+
+    def target_features(self, images: VisionInput) -> Tensor:
+        """Visual tokens ``[V, H]`` as eq. 2 regresses them: of the base model's tower (first stage)."""
+        tower = self.vision_encoder if self.frozen.vision_encoder else self.base.vision_encoder
+        return tower(images)
+
+    def embed_tokens(self, input_ids: Tensor, visual_VH: Tensor | None, visual_index: Tensor | None) -> Tensor:
+        """``[t, 1, H]`` of int64 ``[t]`` token ids, with visual tokens at ``visual_index`` (first stage)."""
+        hidden = self.backbone.embed(input_ids)
+        return hidden if visual_VH is None else merge_visual_tokens(hidden, visual_VH, visual_index)
+
+    def advance(self, hidden_t1H: Tensor, context: PackedContext) -> Tensor:
+        """Through this stage's layers."""
+        return self.backbone(hidden_t1H, context)
+
+    def text_logits(self, hidden_nH: Tensor) -> Tensor:
+        """``[n, vocab / tensor]`` (last stage)."""
+        return self.backbone.logits(hidden_nH)
+
+    def next_visual(self, hidden_nH: Tensor) -> Tensor:
+        """f of eq. 2: the visual tokens ``[n, H]`` that follow (last stage)."""
+        return self.vision_head(hidden_nH)
 
 
 def _head_config(config):  # noqa: ANN001, ANN202 - TransformerConfig both

@@ -1,0 +1,242 @@
+"""A model that answers: from a checkpoint at any layout, or a live one that is training."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_unimm.checkpoint.folder import HF_FOLDER
+from megatron_unimm.checkpoint.manifest import read_meta
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data import images
+from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, concat_patches, image_order, prompt_tokens
+from megatron_unimm.data.sample import Turn
+from megatron_unimm.errors import CheckpointError, UserError
+from megatron_unimm.generate.checkpoint import find_checkpoint, generation_stage
+from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, Stream, decode
+from megatron_unimm.generate.sampling import DecodeSettings
+from megatron_unimm.generate.staged import GenerativeChunk, StagedModel, decoding_mode
+from megatron_unimm.methods.registry import build_method
+from megatron_unimm.models.transformer_config import DTYPES
+from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
+from megatron_unimm.parallel.platform import Platform, select_platform
+from megatron_unimm.train import setup
+from megatron_unimm.train.state import check_architecture, load_base, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Generator:
+    """A model ready to answer; every method that answers is called on all ranks of a layout with the same arguments.
+
+    Use it as a context manager when it came from :meth:`load`: leaving takes the process groups down.
+
+    Args:
+        chunks: this rank's model chunks, unwrapped.
+        draws: whether the model has learned to generate images.
+        origin: checkpoint, for messages.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[GenerativeChunk],
+        stage: StageConfig,
+        groups: ParallelGroups,
+        platform: Platform,
+        chat: ChatFormat,
+        *,
+        draws: bool,
+        origin: str,
+    ) -> None:
+        self.chunks = chunks
+        self.stage = stage
+        self.groups = groups
+        self.platform = platform
+        self.chat = chat
+        self.draws = draws
+        self.origin = origin
+        self.staged = StagedModel(chunks, stage.model, groups, platform.device, DTYPES[stage.system.precision.dtype])
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        with_targets: bool = False,
+        base: Path | None = None,
+    ) -> "Generator":
+        """Build a checkpoint's model on the ranks that torchrun or srun started (one without them) and fill it.
+
+        Args:
+            model_dir: a checkpoint (imported base model or ``step_…``), a stage's folder or a run's folder: their newest.
+            tensor, pipeline: layout; ranks beyond ``tensor * pipeline`` are replicas.
+            with_targets: load the base model's vision encoder too, for :meth:`target_features`.
+            base: the base model's checkpoint; None takes the one that the training used.
+
+        Raises:
+            CheckpointError: no checkpoint there, or a damaged or foreign one.
+            ConfigError: a layout that the model cannot have.
+        """
+        directory = find_checkpoint(model_dir)
+        meta = read_meta(directory)
+        trained = meta.get("kind") == "training"
+        with_base = with_targets and (trained or base is not None)
+        # Numbers below float32 are slow on a CPU and save nothing there.
+        dtype = "" if select_platform().is_gpu else "float32"
+        stage = generation_stage(
+            meta, tensor=tensor, pipeline=pipeline, world_size=setup.world_size(), dtype=dtype, with_base=with_base
+        )
+        base_dir = _base_directory(stage, base) if with_base else None
+        platform, groups = setup.enter(stage)
+        method = build_method(stage, platform, groups)
+        chunks = [method.build(0, with_base=with_base).to(platform.device, DTYPES[stage.system.precision.dtype])]
+        load_weights(chunks, directory, groups)
+        if base_dir is not None:
+            check_architecture(base_dir, stage.model)
+            load_base(chunks, base_dir, groups)
+        tokenizer = ChatTokenizer(stage.data.tokenizer or directory / HF_FOLDER, stage.model)
+        chat = ChatFormat(tokenizer, stage.model.vision_encoder, stage.data)
+        return cls(chunks, stage, groups, platform, chat, draws="vision_head" in meta, origin=str(directory))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        destroy_groups()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that talks to people and writes files."""
+        return dist.get_rank() == 0
+
+    # -- prompts -------------------------------------------------------------------------------------------------------------------------
+
+    def prompt(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[np.ndarray | GeneratedImage] = (),
+        *,
+        open_image: bool = False,
+        number: int = 0,
+    ) -> Prompt:
+        """A conversation without its answer.
+
+        Args:
+            turns: their integer parts count into ``pictures``.
+            pictures: uint8 (H, W, 3), or images that the model generated before, which it sees as it made them.
+            open_image: the answer begins with an image.
+            number: with the seed of the settings, fixes the random numbers of the answer.
+
+        Raises:
+            UserError: ``open_image``, but the model cannot generate images.
+        """
+        if open_image and not self.draws:
+            raise UserError(
+                self.origin,
+                "is a model without a vision head: it answers in text and cannot generate images; take a trained checkpoint",
+            )
+        order = image_order(turns)
+        pixels = [self._blank(p) if isinstance(p, GeneratedImage) else p for p in pictures]
+        seen = [p for i in order if not isinstance(p := pictures[i], GeneratedImage)]
+        return Prompt(
+            tokens=prompt_tokens(turns, pixels, self.chat, open_image=open_image),
+            grid=self._grid(seen[-1] if seen else None),
+            number=number,
+            given={
+                place: p.visual_tokens for place, i in enumerate(order) if isinstance(p := pictures[i], GeneratedImage)
+            },
+        )
+
+    def _grid(self, like: np.ndarray | None) -> np.ndarray:
+        """Grid of an image to be generated: the shape of the last image that was given (as edits keep it), else a square."""
+        limits, encoder = self.chat.data.generation_size, self.chat.encoder
+        height, width = (limits.max_side, limits.max_side) if like is None else like.shape[:2]
+        width, height = images.target_size(width, height, limits, encoder.token_pixels)
+        return np.array([1, height // encoder.patch_size, width // encoder.patch_size], dtype=np.int64)
+
+    def _blank(self, image: GeneratedImage) -> np.ndarray:
+        """Pixels that hold the place of a generated image."""
+        _, rows, columns = image.grid * self.chat.encoder.patch_size
+        return np.zeros((rows, columns, 3), dtype=np.uint8)
+
+    # -- answers -------------------------------------------------------------------------------------------------------------------------
+
+    def answer(self, prompts: Sequence[Prompt], settings: DecodeSettings, batch_size: int = 64) -> list[Answer]:
+        """Answers in the order of the prompts; they do not depend on which prompts share a batch."""
+        if not self.draws and settings.images:
+            settings = replace(settings, images=False)
+        # Prompts of like length share a batch: the cache pads all to the longest.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        answers: dict[int, Answer] = {}
+        with decoding_mode(self._modules()):
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                streams = decode(
+                    self.staged, [prompts[i] for i in places], settings, self.stage.model.backbone.max_position
+                )
+                answers |= {i: self._answer(stream) for i, stream in zip(places, streams, strict=True)}
+        return [answers[i] for i in range(len(prompts))]
+
+    def target_features(self, pictures: Sequence[np.ndarray], batch_size: int = 64) -> list[Tensor]:
+        """The visual tokens ``[V, H]`` of each image (uint8 (H, W, 3)) as the model learns to generate them, on every rank."""
+        features: list[Tensor] = []
+        with decoding_mode(self._modules()):
+            for start in range(0, len(pictures), batch_size):
+                features += self._features(pictures[start : start + batch_size])
+        return features
+
+    def _features(self, pictures: Sequence[np.ndarray]) -> list[Tensor]:
+        encoder = self.chat.encoder
+        grids = np.stack([self._grid(picture) for picture in pictures])
+        patches = [
+            images.patchify(
+                images.resize(picture, int(grid[2]) * encoder.patch_size, int(grid[1]) * encoder.patch_size), encoder
+            )[0]
+            for picture, grid in zip(pictures, grids, strict=True)
+        ]
+        features = self.staged.target_features(concat_patches(patches, encoder), grids)
+        return list(features.split((grids.prod(axis=1) // encoder.spatial_merge_size**2).tolist()))
+
+    def _answer(self, stream: Stream) -> Answer:
+        parts = tuple(self._parts(stream.ids, len(stream.images)))
+        text = "".join(part for part in parts if isinstance(part, str))
+        return Answer(stream.ids, text, parts, tuple(stream.images), stream.complete)
+
+    def _parts(self, ids: Sequence[int], num_images: int) -> list[str | int]:
+        """Text and images in their order. An image is known by its end, since one may have begun in the prompt."""
+        special = set(self.chat.tokenizer.token_ids.model_dump().values())
+        parts: list[str | int] = []
+        text: list[int] = []
+        seen = 0
+        for token in ids:
+            if token == self.chat.tokenizer.token_ids.vision_end:
+                parts += [self.chat.tokenizer.decode(text)] * bool(text) + [seen]
+                text, seen = [], seen + 1
+            elif token not in special:
+                text.append(token)
+        assert seen == num_images, f"{seen} image ends for {num_images} images"
+        return parts + [self.chat.tokenizer.decode(text)] * bool(text)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [chunk for chunk in self.chunks if isinstance(chunk, torch.nn.Module)]
+
+
+def _base_directory(stage: StageConfig, base: Path | None) -> Path:
+    directory = base if base is not None else Path(stage.base_checkpoint)
+    if not directory.is_dir():
+        raise CheckpointError(
+            str(directory),
+            "the base model whose vision encoder made the training targets is not there; give its folder with --base",
+        )
+    return directory

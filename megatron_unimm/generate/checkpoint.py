@@ -1,0 +1,77 @@
+"""From a folder that a person names to a checkpoint, and to the stage that builds its model for generation."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_unimm.checkpoint.manifest import MANIFEST, MARKER, latest, read_meta
+from megatron_unimm.config.methods import OrionConfig
+from megatron_unimm.config.model import ModelConfig, VisionHeadConfig
+from megatron_unimm.config.parallel import ParallelConfig, PrecisionConfig, SystemConfig
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.config.train import ScheduleConfig, TrainableRule, TrainConfig
+from megatron_unimm.errors import CheckpointError
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a folder is or holds: itself, the newest of a stage's folder, or the newest of all stages of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder
+    own = latest(folder) or latest(folder / "checkpoints")
+    if own is not None:
+        return own
+    found = [step for stage in sorted(folder.glob("*/checkpoints")) if (step := latest(stage)) is not None]
+    if found:
+        return max(found, key=lambda step: (step / MARKER).stat().st_mtime_ns)
+    read_meta(folder)  # says what the folder is instead, if it knows
+    raise CheckpointError(
+        str(folder), "holds no finished checkpoint; give a folder of `unimm convert import` or of a training run"
+    )
+
+
+def generation_stage(
+    meta: dict[str, Any], *, tensor: int, pipeline: int, world_size: int, dtype: str, with_base: bool
+) -> StageConfig:
+    """The stage of a checkpoint's meta, spread over this layout, with nothing in it that only training needs.
+
+    Args:
+        dtype: ``float32``, or ``""`` for the checkpoint's own.
+        with_base: make room for the base model's vision encoder.
+    """
+    stage = StageConfig.model_validate(yaml.safe_load(meta["config"])) if "config" in meta else _base_stage(meta)
+    # A mixture of experts wants sequence parallelism when it is built; decoding switches it off (staged.decoding_mode).
+    sequence = tensor > 1 and stage.model.backbone.moe is not None
+    stage.system = SystemConfig(
+        platform="auto",
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence),
+        precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
+        timeout_minutes=stage.system.timeout_minutes,
+    )
+    # Rows are never packed to this length here; it only has to divide.
+    stage.data.sequence_length += -stage.data.sequence_length % tensor
+    # No teacher; and where nothing trains, the model's own vision encoder is taken for the base model's.
+    stage.method.loss_weights.kl = 0.0
+    stage.train.trainable = [TrainableRule(pattern="*", train=with_base)]
+    stage.train.global_batch_size = world_size
+    return stage
+
+
+def _base_stage(meta: dict[str, Any]) -> StageConfig:
+    """A base model has no config: ORION's network is the plain VLM with a head beside it, fresh unless the meta has one."""
+    head = VisionHeadConfig.model_validate(meta["vision_head"]) if "vision_head" in meta else VisionHeadConfig()
+    return StageConfig(
+        name="base_model",
+        model=ModelConfig.model_validate(meta["architecture"]),
+        method=OrionConfig(vision_head=head),
+        train=TrainConfig(
+            steps=1,
+            global_batch_size=1,
+            schedule=ScheduleConfig(max_learning_rate=1.0, min_learning_rate=0.0),
+            trainable=[TrainableRule(pattern="*")],
+        ),
+    )
