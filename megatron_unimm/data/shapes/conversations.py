@@ -1,6 +1,9 @@
-"""Samples of the Shapes world: conversations with the scenes that their images show. Each is a pure function of (seed, index).
+"""Samples of the Shapes world: conversations with the scenes that their images show.
 
-In a conversation `<image>` stands where an image stands: in a human turn for an image that is read, in a gpt turn for one to be made.
+Each is a pure function of (seed, index, kind, split).
+
+In a conversation `<image>` stands where an image stands: in a human turn for an image that is read, in a gpt turn for
+one to be made.
 """
 
 from collections.abc import Callable
@@ -126,7 +129,7 @@ def _composition(rng: np.random.Generator, split: Split) -> Conversation:
 
 
 def _multi_turn(rng: np.random.Generator, split: Split) -> Conversation | None:
-    """A prompt or a given picture, then one or two edits of the picture before, then perhaps a question about the last."""
+    """A prompt or a given picture, then one or two edits of the picture before, then perhaps a question."""
     prompt = None
     turns: list[tuple[str, str]] = []
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Fixed lists to evaluate on: questions about held-out scenes, held-out captions with their pictures, and prompts of six kinds."""
+"""Lists to evaluate on: questions about held-out scenes, held-out captions with pictures, and prompts of six kinds."""
 
 from dataclasses import dataclass
 

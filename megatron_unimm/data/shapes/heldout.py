@@ -1,9 +1,9 @@
 """Combinations of colour, shape and relation that training never shows, so that a test can ask for something new.
 
-A combination (colour, shape, relation) says that an object of that look stands in that relation to some object of another look, e.g. a
-red triangle left of anything that is not a red triangle. Between two objects of equal look no relation counts: no sentence can tell
-them apart. The eight combinations use every colour once and every shape and relation twice; none is the default colour of a shape, so
-that prompts which leave the colour open stay in training.
+A combination (colour, shape, relation) says that an object of that look stands in that relation to some object of
+another look, e.g. a red triangle left of anything that is not a red triangle. Between two objects of equal look no
+relation counts: no sentence can tell them apart. The eight combinations use every colour once and every shape and
+relation twice; none is the default colour of a shape, so that prompts which leave the colour open stay in training.
 """
 
 import re

@@ -1,8 +1,9 @@
 """Text-to-image prompts of GenEval's six kinds. The caption fixes the scene up to a small jitter.
 
-What a caption leaves open follows a rule: an unnamed colour is the default of the shape, an unnamed size is large, one object stands
-in the middle, two stand side by side in the order named, equal objects stand in the fixed pattern of their count. (A model that
-regresses visual tokens predicts their mean, and a caption with many right answers would teach it a blur.)
+What a caption leaves open follows a rule: an unnamed colour is the default of the shape, an unnamed size is large, one
+object stands in the middle, two stand side by side in the order named, equal objects stand in the fixed pattern of
+their count. (A model that regresses visual tokens predicts their mean, and a caption with many right answers would
+teach it a blur.)
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ MAX_COUNT = 4
 class Requirement:
     """What a prompt asks of some objects; None leaves it open.
 
-    `position` is (relation, index): the objects stand in that relation to the objects of the requirement with that index.
+    `position` is (relation, index): the objects stand in that relation to the objects of the requirement with that
+    index.
     """
 
     shape: str

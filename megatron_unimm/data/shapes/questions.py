@@ -42,7 +42,7 @@ def _yes_no(value: bool) -> str:
 
 
 def _count(scene: Scene, rng: np.random.Generator, split: Split) -> Question:
-    """Of all objects, of a colour, of a shape, or of a look; the name is taken from the scene three times out of four."""
+    """Of all objects, of a colour, of a shape, or of a look; three names out of four are taken from the scene."""
     source = (
         pick(rng, scene.objects)
         if rng.random() < 0.75
@@ -144,7 +144,7 @@ def sample_questions(scene: Scene, rng: np.random.Generator, count: int, split: 
     """Up to `count` different questions about a scene, their kinds in turn from a shuffled list."""
     kinds = [QUESTION_TYPES[i] for i in rng.permutation(len(QUESTION_TYPES))]
     found: dict[str, Question] = {}
-    for attempt in range(3 * count):
+    for attempt in range(12 * count):
         question = ask(scene, rng, kinds[attempt % len(kinds)], split)
         if question is not None:
             found.setdefault(question.question, question)

@@ -1,7 +1,7 @@
 """What a Shapes picture contains: objects on a square canvas, and where they may stand.
 
-Units: every coordinate and extent is a fraction of the canvas side (0 = left or top edge, 1 = right or bottom edge), so a scene can be
-drawn at any size. The numbers are written as pixels of the 64-pixel default canvas divided by 64.
+Units: every coordinate and extent is a fraction of the canvas side (0 = left or top edge, 1 = right or bottom edge), so
+a scene can be drawn at any size. The numbers are written as pixels of the 64-pixel default canvas divided by 64.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,11 @@
 """Reads a picture back: which objects it holds, and whether they are what a prompt asked for.
 
 Legend  H, W pixels of the image; C colours of the palette.
-Method  A pixel of an anti-aliased object lies on the line from the background to the object's colour. So each pixel is given the colour
-        whose line is nearest, and counts as covered where it has come at least half way. Connected covered pixels of one colour are an
-        object. Its area and centroid fix, for each shape, one outline of that shape; the outline that fits best names the shape.
-        Nothing here needs sharp edges, so it also holds after JPEG, noise and a VAE round trip.
+Method  A pixel of an anti-aliased object lies on the line from the background to the object's colour. So each pixel is
+        given the colour whose line is nearest, and counts as covered where it has come at least half way. Connected
+        covered pixels of one colour are an object. Its area and centroid fix, for each shape, one outline of that
+        shape; the outline that fits best names the shape. Nothing here needs sharp edges, so it also holds after JPEG,
+        noise and a VAE round trip.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,10 @@ _PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)  # [C, 3]
 _LINES = _PALETTE - np.array(BACKGROUND, dtype=np.float32)  # [C, 3] from the background to each colour
 _TO_LUMA = np.array([[0.299, 0.587, 0.114], [-0.068, -0.132, 0.2], [0.2, -0.168, -0.032]], dtype=np.float32)
 """RGB to luma and 0.4 of the chroma: outlines are read mostly in luma, because JPEG halves the resolution of chroma."""
-_NUDGES = np.array([(y, x, r) for y in (-0.6, 0, 0.6) for x in (-0.6, 0, 0.6) for r in (0.93, 1.0, 1.07)], dtype=np.float32)
+_NUDGES = np.array(
+    [(y, x, r) for y in (-0.6, 0, 0.6) for x in (-0.6, 0, 0.6) for r in (0.93, 1.0, 1.07)],
+    dtype=np.float32,
+)
 """Corrections (y, x in pixels, factor of the extent) that are tried when an outline is fitted."""
 MARGIN = 1
 """Pixels around a component that still belong to it: its anti-aliased rim, where it is less than half covered."""
@@ -62,7 +66,7 @@ def _colour_map(pixels: np.ndarray) -> np.ndarray:
 
 
 def _smoothed(colours: np.ndarray) -> np.ndarray:
-    """Give each pixel the most frequent value of its 3 x 3 neighbourhood, its own counting one and a half; int [H, W]."""
+    """Give each pixel the most frequent value around it (3 x 3, its own counting one and a half); int [H, W]."""
     height, width = colours.shape
     present = np.unique(colours)
     padded = np.pad(colours, 1, mode="edge")
@@ -117,8 +121,8 @@ def _components(colours: np.ndarray) -> list[list[tuple[int, int, int, int]]]:
 def _outline(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.ndarray:
     """Anti-aliased coverage (0 to 1) of a shape of half extent r, at offsets (dx, dy) from the middle of its box.
 
-    All in pixels; the arguments broadcast. One minus the distance to the nearest edge, clipped, is the coverage of a pixel that a
-    straight edge cuts, near enough.
+    All in pixels; the arguments broadcast. One minus the distance to the nearest edge, clipped, is the coverage of a
+    pixel that a straight edge cuts, near enough.
     """
     if shape == "circle":
         inside = r - np.sqrt(dx**2 + dy**2)
@@ -188,7 +192,7 @@ def _meets(item: ShapeObject, wanted: Requirement) -> bool:
 
 
 def _assignments(objects: Sequence[ShapeObject], prompt: Prompt) -> list[list[list[ShapeObject]]]:
-    """Every way to deal out all objects to the (one or two) requirements such that each gets exactly what it asks for."""
+    """Every way to deal out all objects to the one or two requirements such that each gets what it asks for."""
     first = prompt.include[0]
     if len(prompt.include) == 1:
         whole = len(objects) == first.count and all(_meets(item, first) for item in objects)
@@ -219,9 +223,9 @@ def is_correct(prompt: Prompt, image: Image.Image | np.ndarray) -> bool:
 
 
 def shows_scene(scene: Scene, image: Image.Image | np.ndarray, tolerance: float = 4 / 64) -> bool:
-    """Whether a picture shows exactly these objects (looks, sizes), each within `tolerance` of its place along both axes.
+    """Whether a picture shows exactly these objects, each of its size and within `tolerance` of its place.
 
-    This judges edits, which fix the result.
+    The tolerance holds along both axes, in shares of the side. This judges edits, which fix the result.
     """
     rest = list(find_objects(image).objects)
     if len(rest) != len(scene.objects):

@@ -77,7 +77,7 @@ def reading_order(scene: Scene) -> list[ShapeObject]:
 
 
 def detailed_caption(scene: Scene) -> str:
-    """Every object with its size and place: ``a large red circle at the top left and a small blue square in the centre``."""
+    """Every object with its size and place: ``a large red circle at the left and a small red cross in the centre``."""
     return joined([f"{with_article(f'{o.size} {o.name}')} {at_cell(cell_of(o))}" for o in reading_order(scene)])
 
 

@@ -11,10 +11,11 @@ Layout of ``to/<split>/``::
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_unimm.data.shapes.conversations import KINDS, Conversation, make_conversation
 from megatron_unimm.data.shapes.eval_sets import geneval_prompts, heldout_questions, retrieval_pairs
@@ -74,30 +75,30 @@ def _counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
     return counts
 
 
+def _write_sample(
+    name: str, conversation: Conversation, folder: Path, canvas: int, lines: TextIO, tar: tarfile.TarFile
+) -> None:
+    """One sample: a line, its images, and the same in the shard."""
+    images = _encoded(name, conversation, canvas)
+    line = json.dumps(conversation.to_dict(name, [f"images/{file}" for file in images]))
+    lines.write(line + "\n")
+    _add(tar, f"{name}.json", line.encode())
+    for file, content in images.items():
+        (folder / "images" / file).write_bytes(content)
+        _add(tar, file, content)
+
+
 def _write_kind(
-    kind: str, samples: Iterator[tuple[str, Conversation]], folder: Path, canvas: int, shard_size: int
+    kind: str, number: int, make: Callable[[int], Conversation], folder: Path, canvas: int, shard_size: int
 ) -> list[Path]:
-    """One JSON-lines file with its images, and its shards; returns the shards."""
+    """`number` samples of a kind as a JSON-lines file with images, and as shards; returns the shards."""
     shards: list[Path] = []
-    tar: tarfile.TarFile | None = None
     with open(folder / f"{kind}.jsonl", "w", encoding="utf-8") as lines:
-        for number, (name, conversation) in enumerate(samples):
-            if number % shard_size == 0:
-                if tar is not None:
-                    tar.close()
-                shards.append(folder / "shards" / f"{kind}-{number // shard_size:06d}.tar")
-                tar = tarfile.open(shards[-1], "w", format=tarfile.USTAR_FORMAT)
-            assert tar is not None
-            images = _encoded(name, conversation, canvas)
-            record = conversation.to_dict(name, [f"images/{file}" for file in images])
-            line = json.dumps(record)
-            lines.write(line + "\n")
-            _add(tar, f"{name}.json", line.encode())
-            for file, content in images.items():
-                (folder / "images" / file).write_bytes(content)
-                _add(tar, file, content)
-    if tar is not None:
-        tar.close()
+        for start in range(0, number, shard_size):
+            shards.append(folder / "shards" / f"{kind}-{len(shards):06d}.tar")
+            with tarfile.open(shards[-1], "w", format=tarfile.USTAR_FORMAT) as tar:
+                for index in range(start, min(start + shard_size, number)):
+                    _write_sample(f"{kind}-{index:07d}", make(index), folder, canvas, lines, tar)
     return shards
 
 
@@ -139,8 +140,8 @@ def write_shapes(
     (folder / "shards").mkdir(exist_ok=True)
     shards: list[Path] = []
     for kind, number in counts.items():
-        samples = ((f"{kind}-{i:07d}", make_conversation(kind, seed, i, split)) for i in range(number))
-        shards += _write_kind(kind, samples, folder, canvas, shard_size)
+        make = partial(make_conversation, kind, seed, split=split)
+        shards += _write_kind(kind, number, make, folder, canvas, shard_size)
     index = {
         "split": split,
         "seed": seed,
@@ -176,7 +177,7 @@ def write_eval_sets(
 ) -> dict[str, Path]:
     """Write the evaluation lists to ``to/eval/``.
 
-    ``questions.jsonl``  id, image, question, answer, type, scene, and the conversation in the format of ORION's appendix A.2
+    ``questions.jsonl``  id, image, question, answer, type, scene, conversations (the format of ORION's appendix A.2)
     ``retrieval.jsonl``  id, image, caption, scene, geneval
     ``prompts.jsonl``    id, GenEval's tag, include, prompt
     """
