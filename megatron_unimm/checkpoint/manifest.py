@@ -264,7 +264,7 @@ def _named_steps(run_dir: Path) -> dict[int, Path]:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest finished checkpoint of a run, or None; unfinished and truncated ones are passed over."""
-    return next(reversed(committed_steps(run_dir).values()), None)
+    return next((path for path in reversed(_named_steps(run_dir).values()) if is_committed(path)), None)
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_steps: int | None = None) -> list[Path]:

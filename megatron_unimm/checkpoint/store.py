@@ -9,6 +9,7 @@ wrote.
 
 import fnmatch
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ EXTRA_STATE = "._extra_state"
 """Megatron-Core's name for FP8 state. It may be absent (a base model, a run without FP8) and is then started afresh."""
 
 ShardedStateDict = dict[str, Any]
+ShardId = tuple[str, tuple[int, ...]]
+"""Key and offset of a part of a global tensor."""
 
 
 class PendingSave:
@@ -123,6 +126,7 @@ def save(
     *,
     asynchronous: bool = False,
     group: dist.ProcessGroup | None = None,
+    replicas: dist.ProcessGroup | None = None,
     hf_files: Path | None = None,
     threads: int = 2,
 ) -> PendingSave:
@@ -136,6 +140,8 @@ def save(
         asynchronous: return once the tensors are copied to host memory, and write in a thread.
         group: ranks that save together; None for all. To save asynchronously, several ranks need a gloo group of their
             own (``new_io_group``).
+        replicas: ranks that hold the same tensors (the data-parallel group): they share the copying and writing, which
+            otherwise falls to the first of them alone.
         hf_files: folder whose files are copied to ``hf/`` of the checkpoint.
         threads: files that each rank writes at a time.
 
@@ -150,9 +156,10 @@ def save(
         )
     json.dumps(dict(meta))  # Fails here and now rather than after everything is written.
     tensors, common = _split(sharded_state_dict)
-    owned = [value for value in nested_values(tensors) if is_main_replica(value.replica_id)]
-    pieces = [_piece(value, copy=asynchronous) for value in owned if isinstance(value, ShardedTensor)]
-    blobs = [_blob(value) for value in owned if isinstance(value, ShardedObject)]
+    values = list(nested_values(tensors))
+    owned = _owned([value for value in values if isinstance(value, ShardedTensor)], replicas)
+    pieces = [_piece(value, copy=asynchronous) for value in owned]
+    blobs = [_blob(value) for value in values if isinstance(value, ShardedObject) and is_main_replica(value.replica_id)]
     other = serialise("values beside the tensors", common)
     companions = sorted(path for path in hf_files.iterdir() if path.is_file()) if hf_files is not None else []
 
@@ -176,6 +183,39 @@ def _split(sharded_state_dict: ShardedStateDict) -> tuple[ShardedStateDict, dict
     tensors: Any
     tensors, other = extract_sharded_base(state)
     return tensors, other
+
+
+def _owned(tensors: Sequence[ShardedTensor], replicas: dist.ProcessGroup | None) -> list[ShardedTensor]:
+    """The tensors that this rank writes: the main replicas, or its share of them among ``replicas``."""
+    if replicas is None or not dist.is_initialized():
+        return [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
+    ranks = Ranks.of(replicas)
+    mine = [(_shard_id(tensor), _nbytes(tensor), is_main_replica(tensor.replica_id)) for tensor in tensors]
+    holders: dict[ShardId, list[int]] = {}
+    sizes: dict[ShardId, int] = {}
+    written_here: set[ShardId] = set()  # Shards without a main replica among these ranks are written by others.
+    for rank, shards in enumerate(ranks.all_gather(mine)):
+        for shard, nbytes, main in shards:
+            holders.setdefault(shard, []).append(rank)
+            sizes[shard] = nbytes
+            if main:
+                written_here.add(shard)
+    load = [0] * ranks.size
+    owner: dict[ShardId, int] = {}
+    for shard in sorted(written_here, key=lambda shard: (-sizes[shard], shard)):
+        owner[shard] = min(holders[shard], key=lambda rank: (load[rank], rank))
+        load[owner[shard]] += sizes[shard]
+    # A rank may hold a shard twice (a tensor that two modules share); it writes it once.
+    first = {_shard_id(tensor): tensor for tensor in reversed(tensors)}
+    return [tensor for shard, tensor in first.items() if owner.get(shard) == ranks.rank]
+
+
+def _shard_id(tensor: ShardedTensor) -> ShardId:
+    return tensor.key, tuple(tensor.global_offset)
+
+
+def _nbytes(tensor: ShardedTensor) -> int:
+    return math.prod(tensor.local_shape) * tensor.dtype.itemsize
 
 
 def _piece(tensor: ShardedTensor, *, copy: bool) -> Piece:

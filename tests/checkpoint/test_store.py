@@ -239,7 +239,11 @@ def test_two_ranks(tmp_path: Path) -> None:
     run_ranks(_two_ranks, 2, run_dir, of_one, failing)
     for name in ("step_00000001", "step_00000002"):
         check_loaded(store.load(sharded(0, 1, empty=True), run_dir / name), 0, 1)
-    assert {path.name for path in (run_dir / "step_00000001").glob("*.distcp")} >= {"__0_0.distcp", "__1_0.distcp"}
+    # Two replicated tensors: rank 0 writes both, or one each where they share the work.
+    names = ("replicated", "scalar")
+    for step, writers in ((1, {"0", "1"}), (2, {"0"})):
+        with torch_dist.Reader(store.step_directory(run_dir, step)) as reader:
+            assert {chunk.file.split("_")[2] for name in names for chunk in reader.tensors[name].chunks} == writers
     assert store.latest(failing) == store.step_directory(failing, 2)
 
 
@@ -252,7 +256,7 @@ def _two_ranks(rank: int, run_dir: Path, of_one: Path, failing: Path) -> None:
 
 
 def _two_ranks_save(rank: int, run_dir: Path, group: dist.ProcessGroup | None) -> None:
-    store.save(sharded(rank, 2), store.step_directory(run_dir, 1), {}, group=group)
+    store.save(sharded(rank, 2), store.step_directory(run_dir, 1), {}, group=group, replicas=dist.group.WORLD)
     pending = store.save(sharded(rank, 2), store.step_directory(run_dir, 2), {}, asynchronous=True, group=group)
     total = torch.ones(1)
     dist.all_reduce(total)  # Training goes on over its own group meanwhile.
