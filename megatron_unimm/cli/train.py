@@ -43,6 +43,10 @@ def train(
     loaded = load_recipe(recipe, overrides)
     chosen = select_stage(loaded, stage)
 
+    from megatron_unimm.train.log import setup_logging
+
+    setup_logging()  # before Megatron-Core is imported, which warns
+
     from megatron_unimm.train.run import train_stage
 
     run_dir = run_dir or Path(os.environ.get("RUNS", "runs")) / loaded.name

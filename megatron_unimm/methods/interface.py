@@ -1,10 +1,11 @@
 """What the shared loop asks of a method."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from megatron_unimm.data.sample import PackedRow
 
@@ -36,3 +37,11 @@ class Method(Protocol):
     def streams(self) -> int:
         """How many sequences travel between pipeline stages side by side (2 with a teacher)."""
         ...
+
+
+@runtime_checkable
+class ShowsText(Protocol):
+    """A model chunk that lets monitoring see what text it predicts."""
+
+    text_observer: Callable[[Tensor], None] | None
+    """Where it is set, each forward pass hands it the text logits ``[n, vocab / tensor]`` of this rank's labels."""

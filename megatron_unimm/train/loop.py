@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 import torch
@@ -13,6 +14,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.loader import StepBatch, StepLoader
 from megatron_unimm.errors import UserError
 from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.flops import frozen_parts, row_flops, stage_peak_tflops
 from megatron_unimm.train.record import Record, Totals, Window
 from megatron_unimm.train.schedule import learning_rate
 from megatron_unimm.train.state import Checkpointer
@@ -78,6 +80,8 @@ class Loop:
         self.totals = Totals()
         self.rate = 0.0
         self._skipped_before = 0
+        self._row_flops = partial(row_flops, stage=stage, frozen=frozen_parts(stage))
+        self._peak_tflops = stage_peak_tflops(stage, self.platform.device_name())
 
     def run(self) -> int:
         """Train; returns the exit code: 0 done, 75 stopped by a signal after saving.
@@ -86,7 +90,7 @@ class Loop:
             UserError: more steps in a row were skipped than ``train.spike.max_consecutive``.
         """
         stop = StopSignal(self.groups.host)
-        window = Window(self.platform.device, len(self.train_step.method.terms))
+        window = Window(self.platform.device, len(self.train_step.method.terms), self._row_flops)
         for callback in self.callbacks:
             callback.on_start(self)
         stopped = False
@@ -139,9 +143,10 @@ class Loop:
         weighted = {name: weight * losses[name] for name, weight in zip(method.terms, method.weights, strict=True)}
         seconds = time.perf_counter() - window.started
         # Each data-parallel rank has its own rows; the others repeat them.
-        counts = torch.tensor([window.tokens, window.positions, window.images, window.samples], dtype=torch.float64, device=self.platform.device)
+        counts = torch.tensor([window.tokens, window.positions, window.images, window.samples, window.flops], dtype=torch.float64, device=self.platform.device)
         dist.all_reduce(counts, group=self.groups.collection.dp)
-        tokens, positions, images, samples = counts.tolist()
+        tokens, positions, images, samples, flops = counts.tolist()
+        model_tflops = flops / seconds / self.groups.world_size / 1e12
         multipliers = sorted({rule.learning_rate_multiplier for rule in self.stage.train.trainable if rule.train})
         skipped = int(self.train_step.guard.skipped.item())
         skipped_now, self._skipped_before = skipped - self._skipped_before, skipped
@@ -160,6 +165,8 @@ class Loop:
             tokens_per_second=tokens / seconds,
             images_per_second=images / seconds,
             samples_per_second=samples / seconds,
+            model_tflops=model_tflops,
+            mfu=None if self._peak_tflops is None else model_tflops / self._peak_tflops,
             padding_share=1 - tokens / max(1.0, positions),
             draws=dict(self.totals.draws),
             faults=dict(self.totals.faults),

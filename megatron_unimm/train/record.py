@@ -2,12 +2,14 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_unimm.data.loader import StepBatch
+from megatron_unimm.data.sample import PackedRow
 from megatron_unimm.train.step import StepResult
 
 
@@ -37,6 +39,10 @@ class Record:
     """Tokens of samples, over all ranks; padding not counted."""
     images_per_second: float
     samples_per_second: float
+    model_tflops: float
+    """Model TFLOP/s of one device (``train/flops.py``), the mean over all."""
+    mfu: float | None
+    """The same as a share of the device's peak; None where that is not known."""
     padding_share: float
     """Part of the computed positions that belong to no sample."""
     draws: dict[str, int]
@@ -55,6 +61,7 @@ class Window:
 
     device: torch.device
     num_terms: int
+    row_flops: Callable[[PackedRow], float]
     losses: Tensor = field(init=False)
     good_steps: Tensor = field(init=False)
     skipped: Tensor = field(init=False)
@@ -64,6 +71,8 @@ class Window:
     positions: int = 0
     images: int = 0
     samples: int = 0
+    flops: float = 0.0
+    """Of this rank's rows, shared by all ranks that hold a part of them."""
     started: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,6 +83,7 @@ class Window:
         self.good_steps = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
         self.steps = self.tokens = self.positions = self.images = self.samples = 0
+        self.flops = 0.0
         self.started = time.perf_counter()
 
     def add(self, result: StepResult, batch: StepBatch) -> None:
@@ -89,6 +99,7 @@ class Window:
             self.positions += len(row.input_ids)
             self.images += len(row.grids)
             self.samples += len(row.sample_ids)
+            self.flops += self.row_flops(row)
 
 
 class Totals:

@@ -3,6 +3,7 @@
 Layout: ``[t, 1, H]`` between pipeline stages, t tokens of this rank; with a teacher ``[2 t, 1, H]``, the student's tokens first.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class OrionModel(MegatronModule):
         self.share_embeddings_and_output_weights = stage.model.backbone.tie_embeddings
         self.weights = stage.method.loss_weights
         self.groups = groups
+        self.text_observer: Callable[[Tensor], None] | None = None  # see methods/interface.py
         backend = layers_backend(stage.system.layers, platform, stage.system.precision.fp8 is not None)
         vision_config = vision_transformer_config(stage.model.vision_encoder, stage.system, platform)
 
@@ -203,7 +205,10 @@ class OrionModel(MegatronModule):
         zero = hidden.sum() * 0.0
         ce = mse = kl = zero
         if self.weights.cross_entropy and len(hidden_text):
-            ce = losses.text_understanding_loss(self.backbone.logits(hidden_text), targets.text_labels)
+            logits = self.backbone.logits(hidden_text)  # [n_text, vocab / tensor]
+            if self.text_observer is not None:
+                self.text_observer(logits.detach())
+            ce = losses.text_understanding_loss(logits, targets.text_labels)
         if batch.generates:
             if features is None:
                 with torch.no_grad():
