@@ -11,13 +11,16 @@ from collections.abc import Sequence
 
 import click
 
+from megatron_unimm.cli.chat import chat
 from megatron_unimm.cli.convert import convert
 from megatron_unimm.cli.data import data
 from megatron_unimm.cli.doctor import doctor
+from megatron_unimm.cli.evaluate import evaluate
+from megatron_unimm.cli.generate import generate
 from megatron_unimm.cli.train import train
 from megatron_unimm.errors import UserError
 
-COMMANDS = (train, convert, data, doctor)
+COMMANDS = (train, convert, data, generate, chat, evaluate, doctor)
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 

@@ -1,15 +1,16 @@
 """A model that answers: from a checkpoint at any layout, or a live one that is training."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_unimm.checkpoint.folder import HF_FOLDER
@@ -97,13 +98,14 @@ class Generator:
         )
         base_dir = _base_directory(stage, base) if with_base else None
         platform, groups = setup.enter(stage)
-        method = build_method(stage, platform, groups)
-        chunks = [method.build(0, with_base=with_base).to(platform.device, DTYPES[stage.system.precision.dtype])]
-        load_weights(chunks, directory, groups)
-        if base_dir is not None:
-            check_architecture(base_dir, stage.model)
-            load_base(chunks, base_dir, groups)
-        tokenizer = ChatTokenizer(stage.data.tokenizer or directory / HF_FOLDER, stage.model)
+        try:
+            chunks = _fill(
+                build_method(stage, platform, groups).build(0, with_base), directory, base_dir, stage, platform, groups
+            )
+            tokenizer = ChatTokenizer(stage.data.tokenizer or directory / HF_FOLDER, stage.model)
+        except BaseException:
+            destroy_groups()
+            raise
         chat = ChatFormat(tokenizer, stage.model.vision_encoder, stage.data)
         return cls(chunks, stage, groups, platform, chat, draws="vision_head" in meta, origin=str(directory))
 
@@ -119,6 +121,12 @@ class Generator:
     def is_main(self) -> bool:
         """Whether this rank is the one that talks to people and writes files."""
         return dist.get_rank() == 0
+
+    def agree(self, read: Callable[[], str]) -> str:
+        """What ``read`` gives on the rank that talks to people, on every rank."""
+        words = [read() if self.is_main else ""]
+        dist.broadcast_object_list(words, src=0, group=self.groups.host)
+        return words[0]
 
     # -- prompts -------------------------------------------------------------------------------------------------------------------------
 
@@ -230,6 +238,23 @@ class Generator:
 
     def _modules(self) -> list[torch.nn.Module]:
         return [chunk for chunk in self.chunks if isinstance(chunk, torch.nn.Module)]
+
+
+def _fill(
+    chunk: MegatronModule,
+    directory: Path,
+    base_dir: Path | None,
+    stage: StageConfig,
+    platform: Platform,
+    groups: ParallelGroups,
+) -> list[Any]:
+    """Move a chunk to the device and read its weights, and those of its frozen base where it has one."""
+    chunks = [chunk.to(platform.device, DTYPES[stage.system.precision.dtype])]
+    load_weights(chunks, directory, groups)
+    if base_dir is not None:
+        check_architecture(base_dir, stage.model)
+        load_base(chunks, base_dir, groups)
+    return chunks
 
 
 def _base_directory(stage: StageConfig, base: Path | None) -> Path:

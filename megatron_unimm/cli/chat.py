@@ -1,0 +1,110 @@
+"""``unimm chat``: a conversation in the terminal, with images in both directions."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from megatron_unimm.cli.options import decoding, layout
+
+if TYPE_CHECKING:
+    from megatron_unimm.generate.session import Session
+
+HELP = "/image FILE attaches an image to what you say next, /reset forgets the conversation, /quit ends it."
+
+
+@click.command(epilog="Example: unimm chat --model runs/quickstart")
+@click.option(
+    "--model",
+    "model_dir",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Checkpoint, or the folder of a stage or run: its newest.",
+)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep generated images in this folder, as visual tokens.",
+)
+@decoding
+@layout
+def chat(
+    model_dir: Path,
+    to: Path | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    tensor: int,
+    pipeline: int,
+) -> None:
+    """Talk with a model. It sees the images that it has generated.
+
+    /image FILE attaches an image to what you say next, /reset forgets the conversation, /quit ends it.
+    """
+    from megatron_unimm.generate.api import Generator
+    from megatron_unimm.generate.sampling import DecodeSettings
+    from megatron_unimm.generate.session import Session
+
+    settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline) as generator:
+        show = click.echo if generator.is_main else _silent
+        show(HELP if generator.draws else f"{HELP} This model has no vision head: it answers in text only.")
+        converse(Session(generator, settings), lambda: generator.agree(_read_line), show, to)
+
+
+def converse(session: "Session", read: Callable[[], str], show: Callable[[str], object], to: Path | None) -> None:
+    """The conversation, until ``/quit`` or the end of the input.
+
+    Args:
+        read: the next line; called on every rank, gives all the same, ``/quit`` at the end.
+        show: prints a line.
+        to: folder for generated images.
+    """
+    from megatron_unimm.errors import UserError
+    from megatron_unimm.generate.pictures import read_pictures
+
+    attached: list[Path] = []
+    while (line := read().strip()) != "/quit":
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/image":
+                read_pictures([Path(rest)])  # complains now rather than with the next words
+                attached.append(Path(rest))
+            elif command == "/reset":
+                session.reset()
+                attached = []
+            elif command.startswith("/"):
+                show(HELP)
+            elif line:
+                _answer(session, line, attached, show, to)
+                attached = []
+        except UserError as error:
+            show(f"error: {error}")
+
+
+def _answer(
+    session: "Session", text: str, attached: list[Path], show: Callable[[str], object], to: Path | None
+) -> None:
+    from megatron_unimm.generate.pictures import read_pictures, write_visual_tokens
+
+    answer = session.say(text, read_pictures(attached))
+    show("".join(part if isinstance(part, str) else f"[image {part + 1}]" for part in answer.parts))
+    if answer.images and to is not None and session.generator.is_main:
+        file = write_visual_tokens(answer.images, to / f"turn_{len(session.turns) // 2:03d}.safetensors")
+        show(f"({file}: visual tokens; this version has no diffusion decoder to make pixels of them)")
+
+
+def _read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return "/quit"
+
+
+def _silent(text: str) -> None:
+    """On ranks that do not talk to the person."""

@@ -1,0 +1,65 @@
+"""``unimm evaluate``: score a checkpoint."""
+
+from pathlib import Path
+
+import click
+
+from megatron_unimm.cli.options import layout
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  unimm evaluate --model runs/quickstart --suite shapes_qa --to qa.json
+  unimm evaluate --model runs/quickstart/sft --suite shapes_retrieval --data data/shapes --to retrieval.json
+\b
+Suites:
+  shapes_qa         exact match of answers about held-out scenes
+  shapes_retrieval  generated visual tokens of held-out captions against 64 pictures"""
+)
+@click.option(
+    "--model",
+    "model_dir",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Checkpoint, or the folder of a stage or run: its newest.",
+)
+@click.option("--suite", required=True, metavar="NAME", help="What to score, see below.")
+@click.option(
+    "--to", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Result to write."
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Folder of `unimm data shapes --to`.  [default: the lists are made on the spot]",
+)
+@click.option("--num-samples", type=click.IntRange(min=1), help="Questions or captions.  [default: the suite's]")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Base model whose features are the truth.  [default: the base_checkpoint of the training]",
+)
+@layout
+def evaluate(
+    model_dir: Path,
+    suite: str,
+    to: Path,
+    data: Path | None,
+    num_samples: int | None,
+    base: Path | None,
+    tensor: int,
+    pipeline: int,
+) -> None:
+    """Score a model and write the result as JSON."""
+    import os
+
+    from megatron_unimm.evaluate import api
+
+    report = api.evaluate(model_dir, suite, data, to, num_samples, base=base, tensor=tensor, pipeline=pipeline)
+    if os.environ.get("RANK", "0") == "0":
+        for name, score in report["scores"].items():
+            click.echo(f"{score:8.4f}  {name}")
+        click.echo(f"{to}: {report['checkpoint']}, {report['seconds']:.1f} s")

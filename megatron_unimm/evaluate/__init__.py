@@ -1,0 +1,1 @@
+"""Suites that score a model, from a checkpoint or while it trains."""

@@ -1,0 +1,22 @@
+"""Suites by name."""
+
+from megatron_unimm.config.wording import suggest_or_list
+from megatron_unimm.errors import ConfigError
+from megatron_unimm.evaluate import shapes_qa, shapes_retrieval
+from megatron_unimm.evaluate.suite import Suite
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (shapes_qa.SUITE, shapes_retrieval.SUITE)}
+
+
+def suite_of(name: str, where: str) -> Suite:
+    """The suite of that name.
+
+    Args:
+        where: the setting that names it, for the message.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SUITES:
+        raise ConfigError(where, f"no suite {name}{suggest_or_list(name, SUITES)}")
+    return SUITES[name]
