@@ -142,7 +142,7 @@ def save(
             own (``new_io_group``).
         replicas: ranks that hold the same tensors (the data-parallel group): they share the copying and writing, which
             otherwise falls to the first of them alone.
-        hf_files: folder whose files are copied to ``hf/`` of the checkpoint.
+        hf_files: folder whose files, if it exists, are copied to ``hf/`` of the checkpoint.
         threads: files that each rank writes at a time.
 
     Raises:
@@ -161,7 +161,9 @@ def save(
     pieces = [_piece(value, copy=asynchronous) for value in owned]
     blobs = [_blob(value) for value in values if isinstance(value, ShardedObject) and is_main_replica(value.replica_id)]
     other = serialise("values beside the tensors", common)
-    companions = sorted(path for path in hf_files.iterdir() if path.is_file()) if hf_files is not None else []
+    # A base model that never was a Hugging Face folder has no such files.
+    found = hf_files.iterdir() if hf_files is not None and hf_files.is_dir() else ()
+    companions = sorted(path for path in found if path.is_file())
 
     def write(folder: Path) -> tuple[Index, dict[str, FileRecord]]:
         return write_pieces(folder, ranks.rank, pieces, blobs, threads=threads)
