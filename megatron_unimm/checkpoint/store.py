@@ -89,14 +89,14 @@ class PendingSave:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def _start(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 work()
-            except Exception as error:  # Handed to the training loop by poll() and wait().
+            except BaseException as error:  # Handed to the training loop by poll() and wait().
                 self._error = error
 
         # Not a daemon: a process that ends for another reason still finishes the checkpoint it had begun.
@@ -154,7 +154,8 @@ def save(
         raise ValueError(
             "an asynchronous save needs a process group of its own; make one with new_io_group() at the start"
         )
-    json.dumps(dict(meta))  # Fails here and now rather than after everything is written.
+    # A copy, as training goes on to change it; and what is no JSON fails now rather than after everything is written.
+    frozen_meta = json.loads(json.dumps(dict(meta)))
     tensors, common = _split(sharded_state_dict)
     values = list(nested_values(tensors))
     owned = _owned([value for value in values if isinstance(value, ShardedTensor)], replicas)
@@ -170,9 +171,11 @@ def save(
 
     pending = PendingSave(directory)
     if asynchronous:
-        pending._start(lambda: save_files(directory, write, meta, common=other, ranks=ranks, hf_files=companions))
+        pending._start(
+            lambda: save_files(directory, write, frozen_meta, common=other, ranks=ranks, hf_files=companions)
+        )
     else:
-        save_files(directory, write, meta, common=other, ranks=ranks, hf_files=companions)
+        save_files(directory, write, frozen_meta, common=other, ranks=ranks, hf_files=companions)
     return pending
 
 

@@ -167,14 +167,17 @@ def test_factories_split_on_save_and_merge_on_load(tmp_path: Path) -> None:
 def test_an_asynchronous_save_keeps_the_values_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = _hold_back_writing(monkeypatch)
     state = sharded(0, 1)
-    pending = store.save(state, tmp_path / "step_00000001", {}, asynchronous=True)
+    meta = {"progress": {"step": 1}}
+    pending = store.save(state, tmp_path / "step_00000001", meta, asynchronous=True)
     assert not pending.poll()
+    meta["progress"]["step"] = 2
     assert not store.is_committed(tmp_path / "step_00000001")
     state["model"]["rows"].data.zero_()
     state["optimizer"]["step"].zero_()
     go_on.set()
     assert pending.wait() == tmp_path / "step_00000001"
     assert pending.poll()
+    assert store.read_meta(pending.wait()) == {"progress": {"step": 1}}
     check_loaded(store.load(sharded(0, 1, empty=True), pending.wait()), 0, 1)
 
 
