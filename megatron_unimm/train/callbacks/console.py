@@ -1,10 +1,12 @@
 """What the person at the terminal, or the reader of the log, sees of the training."""
 
+import atexit
 import logging
 import math
 
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from megatron_unimm.data.loader import StepBatch
 from megatron_unimm.train.callbacks.base import Callback
@@ -39,13 +41,15 @@ class Console(Callback):
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[summary]}"),
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[summary]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
         )
         self._task = self._bar.add_task(loop.stage.name, total=loop.total_steps, completed=loop.step, summary="")
         self._bar.start()
+        # An error ends the run without on_end(); a bar that is not stopped leaves the terminal without its cursor.
+        atexit.register(self._bar.stop)
 
     def on_step(self, loop: Loop, batch: StepBatch) -> None:
         if self._bar is not None:
