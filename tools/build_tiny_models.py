@@ -531,7 +531,7 @@ Exact-match accuracy on {count} questions about held-out scenes (`heldout_questi
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the second stage")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of the second stage")
     parser.add_argument("--minutes", type=float, help="time of the second stage instead of --steps; not repeatable")
     parser.add_argument("--vision-steps", type=int, default=800, help="steps of the first stage")
     parser.add_argument("--batch", type=int, default=16, help="samples of a step")
