@@ -32,19 +32,21 @@ def small_stage(repo: Path, *overrides: str) -> StageConfig:
 
 
 def make_sample(stage: StageConfig, name: str, length: int, grid: tuple[int, int], generated: bool) -> TokenizedSample:
-    """Text with one image of a patch grid behind its fourth token; every third position has a label."""
+    """Text with one image of a patch grid behind its fourth token; every third position after it has a label."""
     model = stage.model
     rng = np.random.default_rng(length)
     num_visual = grid[0] * grid[1] // model.vision_encoder.spatial_merge_size**2
     visual_index = 4 + np.arange(num_visual)
+    input_ids = rng.integers(0, 100, length)
+    input_ids[visual_index] = model.token_ids.image_pad
     labels = np.full(length, IGNORED_LABEL)
-    labels[::3] = rng.integers(0, 100, len(labels[::3]))
-    labels[visual_index - 1] = IGNORED_LABEL
+    answer = labels[visual_index[-1] + 1 :: 3]
+    answer[:] = rng.integers(0, 100, len(answer))
     none = np.empty(0, dtype=np.int64)
     return TokenizedSample(
         id=name,
         kind="text_to_image" if generated else "understanding",
-        input_ids=rng.integers(0, 100, length),
+        input_ids=input_ids,
         labels=labels,
         position_ids=np.tile(np.arange(length), (3, 1)),
         patches=rng.standard_normal((grid[0] * grid[1], model.vision_encoder.patch_dim)).astype(np.float32),

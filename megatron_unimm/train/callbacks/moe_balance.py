@@ -16,7 +16,7 @@ FROZEN_COMPANIONS = "base."
 class MoEBalance(Callback):
     """Adds ``moe/imbalance/layer_NN`` to each record: tokens of the busiest expert over the mean of all experts.
 
-    1 is even; num_experts means that one expert gets everything.
+    1 is even; num_experts / top_k means that the same top_k experts get everything.
 
     Routers tell by a forward hook how many tokens each expert got; counts stay on the device and are summed over ranks
     once per record. Forward passes that recompute is made of count twice, which leaves the ratio as it is. Padding is
@@ -37,7 +37,7 @@ class MoEBalance(Callback):
                     module.register_forward_hook(self._count)
 
     @torch.no_grad()
-    def _count(self, router: Router, _: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def _count(self, router: Router, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         assert self._counts is not None
         assert router.layer_number is not None, "set by Megatron-Core when it builds the layer"
         _, routing_map = output  # bool [tokens, experts]

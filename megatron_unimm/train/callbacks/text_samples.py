@@ -80,10 +80,11 @@ class TextSamples:
         return text
 
     def _collect(self, loop: Loop, row: PackedRow) -> str | None:
-        everyone: list[Guess | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(self._guess(loop, row), everyone, group=loop.groups.host)
+        everyone: list[Guess | None] = [None] * dist.get_world_size()
+        is_first = dist.get_rank() == 0
+        dist.gather_object(self._guess(loop, row), everyone if is_first else None, group=loop.groups.host)
         self._best = None
-        if everyone is None or self._tokenizer is None:
+        if self._tokenizer is None:
             return None
         guesses = [guess for guess in everyone if guess is not None]
         return render(row, best_tokens(guesses, len(row.labels)), self._tokenizer)
