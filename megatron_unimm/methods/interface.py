@@ -19,7 +19,8 @@ class Method(Protocol):
     """Weight of each term in the total."""
 
     def build(self, virtual_stage: int, with_base: bool = True) -> MegatronModule:
-        """This rank's model chunk; its forward maps a batch to the next chunk's input or, on the last, to float32 ``[terms]`` sums.
+        """This rank's model chunk; its forward maps a batch to the next chunk's input or, on the last, to float32
+        ``[terms]`` sums.
 
         Args:
             with_base: hold the frozen companions (teacher, target tower) too, which generating does without.

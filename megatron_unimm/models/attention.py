@@ -1,8 +1,10 @@
-"""Attention over packed rows: what attends to what is described once per micro-batch, on the host, and lowered to a kernel.
+"""Attention over packed rows: what attends to what is described once per micro-batch, on the host, and lowered to a
+kernel.
 
 Layouts: t tokens of this rank (T / context), T tokens of the row, N heads, D head size. Rows are packed: ``[t, N, D]``.
 A segment is a stretch that attends only inside itself: a sample in the decoder, an image or a window in a vision tower.
-Under context parallelism of size c each segment is cut into 2c chunks and rank r holds chunks r and 2c-1-r, which balances causal work.
+Under context parallelism of size c each segment is cut into 2c chunks and rank r holds chunks r and 2c-1-r, which
+balances causal work.
 
     segments of lengths 2 and 3, causal:        [[1 0 0 0 0],
                                                  [1 1 0 0 0],
@@ -12,6 +14,7 @@ Under context parallelism of size c each segment is cut into 2c chunks and rank 
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -48,13 +51,16 @@ class Segments:
     order: Tensor
     """int64 ``[t]``: where each of this rank's tokens stands in the concatenation of the groups."""
     gathered_order: Tensor | None
-    """int64 ``[T]``: position of each token of the row in the concatenation of all context ranks; None without context parallelism."""
+    """int64 ``[T]``: position of each token of the row in the concatenation of all context ranks; None without
+    context parallelism."""
     cu_seqlens: Tensor
     """int32 ``[segments + 1]`` over the whole row, for Transformer Engine."""
     max_length: int
 
     @classmethod
-    def build(cls, bounds: np.ndarray, causal: bool, device: torch.device, context_rank: int = 0, context_size: int = 1) -> "Segments":
+    def build(
+        cls, bounds: np.ndarray, causal: bool, device: torch.device, context_rank: int = 0, context_size: int = 1
+    ) -> "Segments":
         """Lower segment bounds (``[segments + 1]``, 0 first, T last) for one context rank.
 
         Raises:
@@ -87,9 +93,11 @@ def context_index(bounds: np.ndarray, rank: int, size: int) -> np.ndarray:
     """Tokens of the row that one context rank holds, in its order: int64 ``[T / size]``."""
     if size == 1:
         return np.arange(bounds[-1])
-    assert np.all(np.diff(bounds) % (2 * size) == 0), f"segment lengths {np.diff(bounds)} are not multiples of {2 * size}"
+    assert np.all(np.diff(bounds) % (2 * size) == 0), (
+        f"segment lengths {np.diff(bounds)} are not multiples of {2 * size}"
+    )
     parts = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         chunk = (stop - start) // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
             parts.append(np.arange(start + number * chunk, start + (number + 1) * chunk))
@@ -104,13 +112,15 @@ class KeyValueStore(Protocol):
     """A decoding session's keys and values."""
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Append ``[t, groups, D]`` keys and values of a layer and attend ``[t, N, D]`` queries to all that are stored."""
+        """Append ``[t, groups, D]`` keys and values of a layer and attend ``[t, N, D]`` queries to all that are
+        stored."""
         ...
 
 
 @dataclass
 class PackedContext(PackedSeqParams):
-    """What every attention layer of one forward pass shares. Megatron-Core hands it from block to layer to attention untouched."""
+    """What every attention layer of one forward pass shares. Megatron-Core hands it from block to layer to attention
+    untouched."""
 
     qkv_format: str = "thd"
     segments: dict[str, Segments] = field(default_factory=dict)
@@ -127,7 +137,8 @@ class PackedContext(PackedSeqParams):
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention of a Megatron-Core layer on packed rows; applies rotary positions itself, so that no layer recomputes or misplaces them.
+    """Core attention of a Megatron-Core layer on packed rows; applies rotary positions itself, so that no layer
+    recomputes or misplaces them.
 
     Args:
         kind: which of the context's segments this layer uses.
@@ -158,7 +169,13 @@ class PackedAttention(torch.nn.Module):
             from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
             self.fused = TEDotProductAttention(
-                config, layer_number, attn_mask_type, attention_type, softmax_scale=softmax_scale, cp_comm_type=cp_comm_type, pg_collection=pg_collection
+                config,
+                layer_number,
+                attn_mask_type,
+                attention_type,
+                softmax_scale=softmax_scale,
+                cp_comm_type=cp_comm_type,
+                pg_collection=pg_collection,
             )
 
     def forward(
@@ -184,7 +201,9 @@ class PackedAttention(torch.nn.Module):
             return self._fused(query, key, value, segments, attn_mask_type)
         return segment_attention(query, key, value, segments, self.scale, self.context_group).flatten(1)
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, attn_mask_type: AttnMaskType) -> Tensor:
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments, attn_mask_type: AttnMaskType
+    ) -> Tensor:
         assert self.fused is not None
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -197,7 +216,12 @@ class PackedAttention(torch.nn.Module):
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, context_group: torch.distributed.ProcessGroup
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scale: float | None,
+    context_group: torch.distributed.ProcessGroup,
 ) -> Tensor:
     """torch's attention, one call per distinct segment length.
 
@@ -210,7 +234,9 @@ def segment_attention(
     if segments.gathered_order is not None:
         # Every rank needs all keys of its segments; backward sums what the ranks contribute to each key.
         key_value = torch.cat([key, value], dim=-1)
-        key_value = gather_from_sequence_parallel_region(key_value, tensor_parallel_output_grad=True, group=context_group)
+        key_value = gather_from_sequence_parallel_region(
+            key_value, tensor_parallel_output_grad=True, group=context_group
+        )
         key, value = key_value.index_select(0, segments.gathered_order).split([key.shape[-1], value.shape[-1]], dim=-1)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:

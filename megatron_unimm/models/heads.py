@@ -1,6 +1,7 @@
 """Vision heads f(·) of ORION's eq. 2: from a hidden state to the next visual token. All map ``[n, H]`` to ``[n, H]``.
 
-The three kinds of the paper's ablation (Table 4): a linear map (Emu, Nexus-Gen), the paper's MLP, and a Q-Former of comparable size.
+The three kinds of the paper's ablation (Table 4): a linear map (Emu, Nexus-Gen), the paper's MLP, and a Q-Former of
+comparable size.
 """
 
 import torch
@@ -21,7 +22,14 @@ class LinearVisionHead(MegatronModule):
         super().__init__(config)
         size = config.hidden_size
         self.linear = ColumnParallelLinear(
-            size, size, config=config, init_method=config.init_method, bias=False, gather_output=True, skip_bias_add=False, tp_group=groups.tp
+            size,
+            size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=True,
+            skip_bias_add=False,
+            tp_group=groups.tp,
         )
 
     def forward(self, hidden_nH: Tensor) -> Tensor:
@@ -43,18 +51,30 @@ class MlpVisionHead(MegatronModule):
 
 
 class QFormerVisionHead(MegatronModule):
-    """Stacked self-attention layers over [query token, hidden state]; the query's output is the next visual token (appendix A.4).
+    """Stacked self-attention layers over [query token, hidden state]; the query's output is the next visual token
+    (appendix A.4).
 
-    The paper gives no more than "stacked self-attention layers" and "a single query token"; the two-token sequence, pre-norm layers and an MLP of
-    twice the width (which brings its size near the MLP head's at two layers) are our reading. Computed whole on every tensor-parallel rank.
+    The paper gives no more than "stacked self-attention layers" and "a single query token"; the two-token sequence,
+    pre-norm layers and an MLP of
+    twice the width (which brings its size near the MLP head's at two layers) are our reading. Computed whole on
+    every tensor-parallel rank.
     """
 
     def __init__(self, model: VisionHeadConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config)
         size = config.hidden_size
-        self.query_token = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype).normal_(std=config.init_method_std))
+        self.query_token = torch.nn.Parameter(
+            torch.empty(size, dtype=config.params_dtype).normal_(std=config.init_method_std)
+        )
         layer = torch.nn.TransformerEncoderLayer(
-            size, model.num_heads, dim_feedforward=2 * size, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=config.params_dtype
+            size,
+            model.num_heads,
+            dim_feedforward=2 * size,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+            dtype=config.params_dtype,
         )
         self.layers = torch.nn.TransformerEncoder(layer, model.num_layers, enable_nested_tensor=False)
         self.projection = torch.nn.Linear(size, size, dtype=config.params_dtype)
@@ -68,6 +88,8 @@ class QFormerVisionHead(MegatronModule):
 VISION_HEADS = {"linear": LinearVisionHead, "mlp": MlpVisionHead, "q_former": QFormerVisionHead}
 
 
-def build_vision_head(model: VisionHeadConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> MegatronModule:
+def build_vision_head(
+    model: VisionHeadConfig, config: TransformerConfig, groups: ProcessGroupCollection
+) -> MegatronModule:
     """The head that the config names. ``config`` must not be sequence parallel: heads read gathered positions."""
     return VISION_HEADS[model.kind](model, config, groups)

@@ -5,7 +5,8 @@ from megatron.core.transformer import TransformerConfig
 
 
 class SequenceParallelNorm:
-    """torch's RMSNorm or LayerNorm, with its parameters marked for the gradient sum over tensor-parallel ranks under sequence parallelism.
+    """torch's RMSNorm or LayerNorm, with its parameters marked for the gradient sum over tensor-parallel ranks under
+    sequence parallelism.
 
     Megatron-Core's WrappedTorchNorm refuses sequence parallelism.
     """

@@ -1,6 +1,7 @@
 """Rotary positions, computed once per micro-batch and carried to every attention layer.
 
-Megatron-Core's own multimodal rotary knows only the chunked layout and is wrong for packed rows under context parallelism, so the angles are made here.
+Megatron-Core's own multimodal rotary knows only the chunked layout and is wrong for packed rows under context
+parallelism, so the angles are made here.
 Shapes: T tokens, D head size, A axes of position.
 """
 
@@ -19,14 +20,19 @@ def mrope_angles(position_ids: Tensor, head_size: int, theta: float, sections: l
     Args:
         position_ids: int ``[3, T]``, time, height, width.
         sections: how many of the head_size / 2 frequencies belong to each axis.
-        interleaved: False: the first ``sections[0]`` frequencies are time's, and so on (Qwen2.5-VL). True: frequencies cycle through time, height,
+        interleaved: False: the first ``sections[0]`` frequencies are time's, and so on (Qwen2.5-VL). True:
+            frequencies cycle through time, height,
             width until height's and width's share is used up; the rest is time's (Qwen3-VL).
 
     Returns:
         float32 ``[T, head_size / 2]``.
     """
-    per_axis = position_ids[:, :, None].float() * inverse_frequencies(head_size, theta, position_ids.device)  # [3, T, D / 2]
-    return per_axis.gather(0, _axis_of_frequency(sections, interleaved, position_ids.device).expand(1, per_axis.shape[1], -1))[0]
+    per_axis = position_ids[:, :, None].float() * inverse_frequencies(
+        head_size, theta, position_ids.device
+    )  # [3, T, D / 2]
+    return per_axis.gather(
+        0, _axis_of_frequency(sections, interleaved, position_ids.device).expand(1, per_axis.shape[1], -1)
+    )[0]
 
 
 def _axis_of_frequency(sections: list[int], interleaved: bool, device: torch.device) -> Tensor:
@@ -41,7 +47,8 @@ def _axis_of_frequency(sections: list[int], interleaved: bool, device: torch.dev
 
 
 def grid_angles(position_ids: Tensor, head_size: int, theta: float = 10000.0) -> Tensor:
-    """Angles of 2-D rotary positions in a vision tower: the first half of the frequencies for the row, the second for the column.
+    """Angles of 2-D rotary positions in a vision tower: the first half of the frequencies for the row, the second
+    for the column.
 
     Args:
         position_ids: int ``[2, P]``, row and column of each patch.
@@ -49,7 +56,9 @@ def grid_angles(position_ids: Tensor, head_size: int, theta: float = 10000.0) ->
     Returns:
         float32 ``[P, head_size / 2]``.
     """
-    per_axis = position_ids[:, :, None].float() * inverse_frequencies(head_size // 2, theta, position_ids.device)  # [2, P, D / 4]
+    per_axis = position_ids[:, :, None].float() * inverse_frequencies(
+        head_size // 2, theta, position_ids.device
+    )  # [2, P, D / 4]
     return torch.cat([per_axis[0], per_axis[1]], dim=-1)
 
 

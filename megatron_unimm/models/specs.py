@@ -1,4 +1,5 @@
-"""The one file that chooses layer implementations: Transformer Engine on a GPU, torch elsewhere. Checkpoints of both are the same."""
+"""The one file that chooses layer implementations: Transformer Engine on a GPU, torch elsewhere. Checkpoints of both
+are the same."""
 
 from functools import partial
 
@@ -36,14 +37,25 @@ def layers_backend(choice: str, platform: Platform, fp8: bool) -> str:
     if choice == "auto":
         choice = "transformer_engine" if platform.is_gpu and HAVE_TE else "torch"
     if choice == "transformer_engine" and not (platform.is_gpu and HAVE_TE):
-        lacking = "no GPU" if not platform.is_gpu else "transformer-engine is not installed (pip install 'megatron_unimm[gpu]')"
-        raise ConfigError("system.layers", f"transformer_engine was asked for, but there is {lacking}; use system.layers=torch")
+        lacking = (
+            "no GPU"
+            if not platform.is_gpu
+            else "transformer-engine is not installed (pip install 'megatron_unimm[gpu]')"
+        )
+        raise ConfigError(
+            "system.layers", f"transformer_engine was asked for, but there is {lacking}; use system.layers=torch"
+        )
     if fp8 and choice != "transformer_engine":
-        raise ConfigError("system.precision.fp8", "FP8 needs Transformer Engine layers on a GPU; remove system.precision.fp8 or run there")
+        raise ConfigError(
+            "system.precision.fp8",
+            "FP8 needs Transformer Engine layers on a GPU; remove system.precision.fp8 or run there",
+        )
     return choice
 
 
-def layer_spec(backend: str, *, causal: bool, kind: str = "full", qk_norm: bool = False, num_experts: int | None = None) -> ModuleSpec:
+def layer_spec(
+    backend: str, *, causal: bool, kind: str = "full", qk_norm: bool = False, num_experts: int | None = None
+) -> ModuleSpec:
     """A pre-norm transformer layer: attention and a gated MLP or a mixture of experts.
 
     Args:
@@ -53,7 +65,9 @@ def layer_spec(backend: str, *, causal: bool, kind: str = "full", qk_norm: bool 
     with_te = backend == "transformer_engine"
     provider = _transformer_engine() if with_te else TorchLayers()
     norm = provider.layer_norm(rms_norm=True)
-    mlp = get_mlp_module_spec_for_backend(provider, num_experts=num_experts, moe_grouped_gemm=with_te and num_experts is not None)
+    mlp = get_mlp_module_spec_for_backend(
+        provider, num_experts=num_experts, moe_grouped_gemm=with_te and num_experts is not None
+    )
     qk = provider.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -66,7 +80,8 @@ def layer_spec(backend: str, *, causal: bool, kind: str = "full", qk_norm: bool 
             k_layernorm=qk,
         ),
     )
-    # Transformer Engine fuses a norm into the linear behind it; the map gives both backends the fused names in checkpoints.
+    # Transformer Engine fuses a norm into the linear behind it; the map gives both backends the fused names in
+    # checkpoints.
     fused_names = {} if with_te else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not with_te and num_experts is None:
         fused_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -90,7 +105,7 @@ def block_spec(backend: str, layers: list[ModuleSpec]) -> TransformerBlockSubmod
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True))
 
 
-def _transformer_engine():  # noqa: ANN202 - the class exists only where Transformer Engine does
+def _transformer_engine():
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()

@@ -26,7 +26,9 @@ def is_frozen(part: str, rules: list[TrainableRule]) -> bool:
     return True
 
 
-def apply_rules(chunks: list[torch.nn.Module], rules: list[TrainableRule], used_elsewhere: set[str] | None = None) -> set[str]:
+def apply_rules(
+    chunks: list[torch.nn.Module], rules: list[TrainableRule], used_elsewhere: set[str] | None = None
+) -> set[str]:
     """Freeze what the table freezes. Runs before the distributed wrapper, which lays out buffers for what trains.
 
     Args:
@@ -60,4 +62,7 @@ def check_used(used: set[str], rules: list[TrainableRule]) -> None:
     """
     for number, rule in enumerate(rules):
         if rule.pattern not in used:
-            raise ConfigError(f"train.trainable.{number}", f"pattern {rule.pattern!r} matches no parameter that an earlier one leaves; correct or remove it")
+            raise ConfigError(
+                f"train.trainable.{number}",
+                f"pattern {rule.pattern!r} matches no parameter that an earlier one leaves; correct or remove it",
+            )

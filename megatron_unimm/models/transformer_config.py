@@ -61,8 +61,11 @@ def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, pla
     return TransformerConfig(**fields)
 
 
-def vision_transformer_config(model: VisionEncoderConfig, system: SystemConfig, platform: Platform) -> TransformerConfig:
-    """The vision tower's configuration: tensor parallel, whole on the first pipeline stage, the row's images on every context rank."""
+def vision_transformer_config(
+    model: VisionEncoderConfig, system: SystemConfig, platform: Platform
+) -> TransformerConfig:
+    """The vision tower's configuration: tensor parallel, whole on the first pipeline stage, the row's images on
+    every context rank."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -72,7 +75,9 @@ def vision_transformer_config(model: VisionEncoderConfig, system: SystemConfig, 
         add_bias_linear=True,
         **_common(system, platform),
         **_recompute(system.recompute),
-        **_fp8(system),
+        # Never in FP8, whose products need a multiple of 8 rows (128 in blocks) and of 16 columns: an image has any
+        # number
+        # of patches, and Qwen2.5-VL's MLP is 3420 wide.
     )
 
 

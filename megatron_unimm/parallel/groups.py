@@ -62,10 +62,13 @@ class ParallelGroups:
         return self.pipeline_rank == self.config.pipeline - 1 and (virtual_stage is None or virtual_stage == last)
 
     def alone(self) -> ProcessGroupCollection:
-        """The same groups for a module that sits whole on one pipeline stage and sees the whole row: no pipeline, no context parallel."""
+        """The same groups for a module that sits whole on one pipeline stage and sees the whole row: no pipeline, no
+        context parallel."""
         single = _single_rank_group()
         names = ("tp", "ep", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "mp")
-        return ProcessGroupCollection(pp=None, cp=single, tp_cp=self.collection.tp, **{n: getattr(self.collection, n) for n in names})
+        return ProcessGroupCollection(
+            pp=None, cp=single, tp_cp=self.collection.tp, **{n: getattr(self.collection, n) for n in names}
+        )
 
 
 def _single_rank_group() -> dist.ProcessGroup:
@@ -105,8 +108,11 @@ def initialize_distributed(platform: Platform, timeout_minutes: float) -> None:
     dist.init_process_group(platform.backend, init_method=f"file://{store_file}", rank=0, world_size=1, timeout=timeout)
 
 
-def initialize_groups(config: ParallelConfig, platform: Platform, seed: int, timeout_minutes: float = 10.0) -> ParallelGroups:
-    """Build the process groups of a layout (checked before by ``config.layout.check_layout``) and seed the parallel random states."""
+def initialize_groups(
+    config: ParallelConfig, platform: Platform, seed: int, timeout_minutes: float = 10.0
+) -> ParallelGroups:
+    """Build the process groups of a layout (checked before by ``config.layout.check_layout``) and seed the parallel
+    random states."""
     initialize_distributed(platform, timeout_minutes)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,

@@ -55,10 +55,14 @@ def select_platform(kind: str = "auto", cpu_threads: int = 0) -> Platform:
     """
     has_gpu = torch.cuda.is_available()
     if kind == "cuda" and not has_gpu:
-        raise ConfigError("system.platform", "cuda was asked for, but torch sees no GPU; use system.platform=cpu or mend the driver")
+        raise ConfigError(
+            "system.platform", "cuda was asked for, but torch sees no GPU; use system.platform=cpu or mend the driver"
+        )
     if kind == "cpu" and has_gpu:
         # Megatron-Core names the GPU in many places; stand-ins that redirect them would lie beside a real one.
-        raise ConfigError("system.platform", "cpu was asked for on a machine with GPUs; hide them with CUDA_VISIBLE_DEVICES= (empty)")
+        raise ConfigError(
+            "system.platform", "cpu was asked for on a machine with GPUs; hide them with CUDA_VISIBLE_DEVICES= (empty)"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if has_gpu:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())

@@ -1,6 +1,8 @@
-"""What Megatron-Core 0.16 needs in order to run without a GPU: a few named stand-ins, installed once, only where there is none.
+"""What Megatron-Core 0.16 needs in order to run without a GPU: a few named stand-ins, installed once, only where
+there is none.
 
-Megatron-Core writes ``torch.cuda.…`` and ``device="cuda"`` literally in schedules, optimizers and MoE code. On a machine without a GPU each of
+Megatron-Core writes ``torch.cuda.…`` and ``device="cuda"`` literally in schedules, optimizers and MoE code. On a
+machine without a GPU each of
 those is pointed at the CPU here. On a machine with a GPU this file does nothing.
 """
 
@@ -13,7 +15,21 @@ from typing import Any
 import torch
 import torch.utils._device
 
-FACTORIES = ("zeros", "ones", "empty", "tensor", "full", "arange", "rand", "randn", "as_tensor", "empty_like", "zeros_like", "ones_like", "full_like")
+FACTORIES = (
+    "zeros",
+    "ones",
+    "empty",
+    "tensor",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "as_tensor",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
 """Tensor factories that Megatron-Core calls with ``device="cuda"``."""
 
 
@@ -41,7 +57,7 @@ class _Inert:
 
 def install_without_gpu() -> None:
     """Install every stand-in unless there is a GPU or they are in place already."""
-    if torch.cuda.is_available() or isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _Inert):
+    if torch.cuda.is_available() or (isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _Inert)):
         return
     _import_megatron_uncompiled()
     _device_and_memory()
@@ -53,7 +69,8 @@ def install_without_gpu() -> None:
 
 
 def _import_megatron_uncompiled() -> None:
-    """Megatron-Core compiles small fusions where it defines them; on CPU the compiler costs minutes and gains nothing."""
+    """Megatron-Core compiles small fusions where it defines them; on CPU the compiler costs minutes and gains
+    nothing."""
     compiler = torch.compile
     torch.compile = lambda function=None, **kwargs: function  # type: ignore[assignment]
     try:
@@ -69,7 +86,8 @@ def _import_megatron_uncompiled() -> None:
 
 
 def _nothing() -> Callable[..., None]:
-    """A new function that does nothing (a new one each time: torch's compiler keeps a table of functions by identity)."""
+    """A new function that does nothing (a new one each time: torch's compiler keeps a table of functions by
+    identity)."""
     return lambda *args, **kwargs: None
 
 
@@ -114,7 +132,8 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _factories() -> None:
-    # `with torch.device("meta")` keys on the original factories through a cached set: fill the cache before they are replaced.
+    # `with torch.device("meta")` keys on the original factories through a cached set: fill the cache before they are
+    # replaced.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -147,7 +166,9 @@ def _megatron_functions() -> None:
     import megatron.core.tensor_parallel.random as tensor_parallel_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    tensor_parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    tensor_parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
     tensor_parallel_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # read without a guard where Transformer Engine is absent

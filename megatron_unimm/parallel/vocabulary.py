@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood per position, float32 ``[n]``, over Megatron-Core's tensor-parallel group (its function takes no other).
+    """Negative log-likelihood per position, float32 ``[n]``, over Megatron-Core's tensor-parallel group (its
+    function takes no other).
 
     Args:
         logits: ``[n, vocab / tensor]``, this rank's part.
@@ -30,7 +31,8 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, group: dist.Pr
 class _VocabularyParallelKl(torch.autograd.Function):
     """With log p = x − log Z, and Z summed over ranks: KL = Σ_w p_t(w) (log p_t(w) − log p_s(w)); dKL/dx_s = p_s − p_t.
 
-    Two all-reduces of ``[2, n]``: the largest logit of each model, then its sum of exponentials; a third of ``[n]`` for the sum over w.
+    Two all-reduces of ``[2, n]``: the largest logit of each model, then its sum of exponentials; a third of ``[n]``
+    for the sum over w.
     """
 
     @staticmethod

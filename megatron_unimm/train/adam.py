@@ -8,9 +8,11 @@ from torch import Tensor
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) on torch's fused kernel, CPU and GPU, in the shape that Megatron-Core's distributed optimizer expects of Apex's.
+    """AdamW (arXiv 1711.05101) on torch's fused kernel, CPU and GPU, in the shape that Megatron-Core's distributed
+    optimizer expects of Apex's.
 
-    Before :meth:`step` set ``grad_scale`` (gradients are divided by it: clipping) and ``found_inf`` (1.0 leaves parameters, moments and step count
+    Before :meth:`step` set ``grad_scale`` (gradients are divided by it: clipping) and ``found_inf`` (1.0 leaves
+    parameters, moments and step count
     untouched: skipping). Both are float32 device tensors, so that the decision never waits for the host.
     """
 
@@ -42,7 +44,9 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        params = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        params = [
+            parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
         if not params:
             return
         device = params[0].device
@@ -57,7 +61,10 @@ class FusedAdamW(torch.optim.Optimizer):
             return
         for parameter in params:
             if not self.state[parameter]:
-                self.state[parameter] = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+                self.state[parameter] = {
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         assert self._steps is not None
         torch._fused_adamw_(
             params,

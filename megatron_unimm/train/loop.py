@@ -27,7 +27,8 @@ STOPPED = 75
 class StopSignal:
     """Turns SIGTERM and SIGUSR1 into an agreement between all ranks to save and stop, without waiting in the step.
 
-    A flag is summed over ranks in the background during one step and read after it, so that all ranks stop after the same step.
+    A flag is summed over ranks in the background during one step and read after it, so that all ranks stop after the
+    same step.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -129,7 +130,8 @@ class Loop:
         if in_a_row > self.stage.train.spike.max_consecutive:
             raise UserError(
                 f"step {self.step}",
-                f"{in_a_row} steps in a row had anomalous gradients (train.spike.max_consecutive is {self.stage.train.spike.max_consecutive}); "
+                f"{in_a_row} steps in a row had anomalous gradients, and train.spike.max_consecutive is "
+                f"{self.stage.train.spike.max_consecutive}; "
                 "go back to an earlier checkpoint with --resume DIR, or lower the learning rate",
             )
         window.reset()
@@ -143,7 +145,11 @@ class Loop:
         weighted = {name: weight * losses[name] for name, weight in zip(method.terms, method.weights, strict=True)}
         seconds = time.perf_counter() - window.started
         # Each data-parallel rank has its own rows; the others repeat them.
-        counts = torch.tensor([window.tokens, window.positions, window.images, window.samples, window.flops], dtype=torch.float64, device=self.platform.device)
+        counts = torch.tensor(
+            [window.tokens, window.positions, window.images, window.samples, window.flops],
+            dtype=torch.float64,
+            device=self.platform.device,
+        )
         dist.all_reduce(counts, group=self.groups.collection.dp)
         tokens, positions, images, samples, flops = counts.tolist()
         model_tflops = flops / seconds / self.groups.world_size / 1e12
@@ -191,7 +197,12 @@ class Loop:
 
     def progress(self) -> dict:
         """Small state beside the tensors."""
-        return {"loader": self.loader.state_dict(), "totals": self.totals.state_dict(), "spike": self.train_step.guard.state.tolist(), "rate": self.rate}
+        return {
+            "loader": self.loader.state_dict(),
+            "totals": self.totals.state_dict(),
+            "spike": self.train_step.guard.state.tolist(),
+            "rate": self.rate,
+        }
 
     def restore(self, meta: dict) -> None:
         """Go on from a checkpoint's meta."""

@@ -6,10 +6,17 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, ParamKey, ParamWithNamePredicate, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    ParamWithNamePredicate,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from torch import Tensor
 
 from megatron_unimm.config.recipe import StageConfig
@@ -20,8 +27,11 @@ from megatron_unimm.train.adam import FusedAdamW
 WRAPPER_PREFIX = "module."
 
 
-def wrap_data_parallel(chunks: list[MegatronModule], stage: StageConfig, groups: ParallelGroups) -> list[DistributedDataParallel]:
-    """Gradient buffers and reduction over data-parallel ranks. Gradients are summed in fp32: losses are already divided by global counts."""
+def wrap_data_parallel(
+    chunks: list[MegatronModule], stage: StageConfig, groups: ParallelGroups
+) -> list[DistributedDataParallel]:
+    """Gradient buffers and reduction over data-parallel ranks. Gradients are summed in fp32: losses are already
+    divided by global counts."""
     overlap = stage.system.overlap
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -33,11 +43,17 @@ def wrap_data_parallel(chunks: list[MegatronModule], stage: StageConfig, groups:
     )
     wrapped = []
     for number, chunk in enumerate(chunks):
-        wrapped.append(DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0, pg_collection=groups.collection))
+        wrapped.append(
+            DistributedDataParallel(
+                chunk.config, config, chunk, disable_bucketing=number > 0, pg_collection=groups.collection
+            )
+        )
     return wrapped
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], stage: StageConfig, groups: ParallelGroups) -> ChainedOptimizer:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], stage: StageConfig, groups: ParallelGroups
+) -> ChainedOptimizer:
     """One parameter group per (learning-rate multiplier, weight decay or not) of the stage's table.
 
     Megatron-Core tells groups apart after a resume by ``lr_mult`` and ``wd_mult``; these are all that ours differ in.
@@ -60,7 +76,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], stage: StageConfig, g
     overrides = {_no_decay(): {"wd_mult": 0.0}}
     for multiplier in sorted({rule.learning_rate_multiplier for rule in stage.train.trainable if rule.train}):
         overrides[_with_multiplier(multiplier, stage)] = {"lr_mult": multiplier}
-    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups.collection)
+    return get_megatron_optimizer(
+        config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups.collection
+    )
 
 
 def _use_adam() -> None:
@@ -73,7 +91,11 @@ def _use_adam() -> None:
 
 
 def _no_decay() -> ParamKey:
-    return ParamKey(with_name_predicate=ParamWithNamePredicate("bias_or_norm", lambda p, name: p.dim() == 1 or name.endswith(".bias")))
+    return ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            "bias_or_norm", lambda p, name: p.dim() == 1 or name.endswith(".bias")
+        )
+    )
 
 
 def _with_multiplier(multiplier: float, stage: StageConfig) -> ParamKey:
@@ -112,8 +134,18 @@ class GradientNorms:
 class GradientMeter:
     """Global and per-module gradient norms with one all-reduce and no host synchronisation."""
 
-    def __init__(self, optimizer: ChainedOptimizer, chunks: list[DistributedDataParallel], groups: ParallelGroups, device: torch.device) -> None:
-        names = {id(parameter): name.removeprefix(WRAPPER_PREFIX) for chunk in chunks for name, parameter in chunk.named_parameters()}
+    def __init__(
+        self,
+        optimizer: ChainedOptimizer,
+        chunks: list[DistributedDataParallel],
+        groups: ParallelGroups,
+        device: torch.device,
+    ) -> None:
+        names = {
+            id(parameter): name.removeprefix(WRAPPER_PREFIX)
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
+        }
         self.tensor_names: list[str] = []
         self._parameters: list[Tensor] = []
         for part in optimizer.chained_optimizers:

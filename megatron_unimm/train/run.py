@@ -54,7 +54,14 @@ def train_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, resume: str =
             loop.restore(checkpointer.restore(start.directory))
         if dist.get_rank() == 0:
             origin = f"resuming at step {loop.step}" if start.resume else "starting"
-            logger.info("stage %s: %s from %s on %s, %d ranks", stage.name, origin, start.directory, platform.device_name(), dist.get_world_size())
+            logger.info(
+                "stage %s: %s from %s on %s, %d ranks",
+                stage.name,
+                origin,
+                start.directory,
+                platform.device_name(),
+                dist.get_world_size(),
+            )
             logger.info("what trains:\n%s", setup.describe_trainable(chunks))
         return loop.run()
     finally:

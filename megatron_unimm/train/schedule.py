@@ -6,7 +6,8 @@ from megatron_unimm.config.train import ScheduleConfig
 
 
 def learning_rate(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step ``step`` (0 first): linear warm-up over ``warmup_ratio`` of the steps, then constant or cosine to the minimum.
+    """Rate of optimizer step ``step`` (0 first): linear warm-up over ``warmup_ratio`` of the steps, then constant or
+    cosine to the minimum.
 
     The first step already moves (rate max / warm-up steps), the last one runs at the minimum.
     """

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import read_meta
-from megatron_unimm.checkpoint.store import HF_FOLDER
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
@@ -48,7 +48,9 @@ def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) 
     """
     method = build_method(stage, platform, groups)
     dtype = DTYPES[stage.system.precision.dtype]
-    chunks = [method.build(number).to(platform.device, dtype) for number in range(stage.system.parallel.virtual_pipeline)]
+    chunks = [
+        method.build(number).to(platform.device, dtype) for number in range(stage.system.parallel.virtual_pipeline)
+    ]
     used: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(used, apply_rules(chunks, stage.train.trainable), group=groups.host)
     check_used(set().union(*used), stage.train.trainable)
@@ -87,7 +89,10 @@ def open_data(stage: StageConfig, groups: ParallelGroups) -> tuple[StepLoader, i
     batch = stage.train.global_batch_size
     steps = stage.train.steps if stage.train.steps is not None else mix.num_steps(stage.train.epochs or 0, batch)
     if steps < 1:
-        raise ConfigError("train.epochs", f"{stage.train.epochs} epochs of {mix.epoch_size} samples make no step of {batch}; use train.steps")
+        raise ConfigError(
+            "train.epochs",
+            f"{stage.train.epochs} epochs of {mix.epoch_size} samples make no step of {batch}; use train.steps",
+        )
     parallel = stage.system.parallel
     shard = DataShard(
         dp_rank=groups.data_rank,

@@ -9,7 +9,8 @@ from megatron_unimm.config.train import SpikeConfig
 class SpikeGuard:
     """Keeps a running mean of the gradient norm and says, as a device tensor, whether this step must be skipped.
 
-    All ranks see the same norm (it is summed over the world), so all decide the same without talking. State is a float32 ``[4]`` tensor:
+    All ranks see the same norm (it is summed over the world), so all decide the same without talking. State is a
+    float32 ``[4]`` tensor:
     running mean, good steps seen, skipped steps in all, skipped steps in a row.
     """
 

@@ -9,8 +9,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
-from megatron_unimm.checkpoint.store import HF_FOLDER, PendingSave, load, save
+from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.config.load import dump
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.recipe import StageConfig
@@ -27,7 +28,8 @@ def checkpoint_folder(run_dir: Path, stage_name: str) -> Path:
 
 
 def sharding_metadata(groups: ParallelGroups) -> dict[str, Any]:
-    """How Megatron-Core describes tensors: one key per layer, optimizer state shaped like its parameters, so that any layout reads any other's."""
+    """How Megatron-Core describes tensors: one key per layer, optimizer state shaped like its parameters, so that
+    any layout reads any other's."""
     return {
         "non_homogeneous_layers": True,
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -59,7 +61,8 @@ def load_base(chunks: list[MegatronModule], directory: Path, groups: ParallelGro
 
 
 def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
-    """Compare the model that a checkpoint says it holds with the recipe's, field by field; returns the checkpoint's meta.
+    """Compare the model that a checkpoint says it holds with the recipe's, field by field; returns the checkpoint's
+    meta.
 
     Raises:
         CheckpointError: names the first field that differs, with both values.
@@ -72,7 +75,8 @@ def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
             if theirs.get(field) != value:
                 raise CheckpointError(
                     str(directory),
-                    f"is of another architecture: model.{field} is {theirs.get(field)} there and {value} in the recipe; take the recipe of that model",
+                    f"is of another architecture: model.{field} is {theirs.get(field)} there and {value} in the recipe; "
+                    "take the recipe of that model",
                 )
     return meta
 
@@ -115,7 +119,8 @@ def find_start(stage: StageConfig, run_dir: Path, resume: str) -> Start:
             folder = checkpoint_folder(run_dir, stage.after)
             raise CheckpointError(
                 f"stage {stage.name}",
-                f"starts from stage {stage.after}, which has no finished checkpoint in {folder}; run --stage {stage.after} first",
+                f"starts from stage {stage.after}, which has no finished checkpoint in {folder}; "
+                f"run --stage {stage.after} first",
             )
         return Start(before, resume=False)
     return Start(base_directory(stage), resume=False)
@@ -173,6 +178,7 @@ class Checkpointer:
             meta,
             asynchronous=asynchronous,
             group=self.io_group,
+            replicas=self.groups.collection.dp_cp,
             hf_files=base_directory(self.stage) / HF_FOLDER,
         )
         return directory
@@ -187,7 +193,9 @@ class Checkpointer:
         """Fill model and optimizer; returns the checkpoint's meta."""
         meta = check_architecture(directory, self.stage.model)
         if meta.get("kind") != "training":
-            raise CheckpointError(str(directory), "is a base model without optimizer state; start from it with --resume never")
+            raise CheckpointError(
+                str(directory), "is a base model without optimizer state; start from it with --resume never"
+            )
         state = load(self._state(is_loading=True), directory)
         self.optimizer.load_state_dict(state["optimizer"])
         for wrapped in self.wrapped:
@@ -196,5 +204,7 @@ class Checkpointer:
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
         state = model_state([wrapped.module for wrapped in self.wrapped], self.groups)
-        state["optimizer"] = self.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=sharding_metadata(self.groups))
+        state["optimizer"] = self.optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=sharding_metadata(self.groups)
+        )
         return state

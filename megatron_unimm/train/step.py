@@ -1,7 +1,10 @@
-"""One optimizer step: micro-batches through Megatron-Core's schedule, exact normalisation, norm, skip, update. No host synchronisation.
+"""One optimizer step: micro-batches through Megatron-Core's schedule, exact normalisation, norm, skip, update. No
+host synchronisation.
 
-How a loss is normalised. Term k has sum S_k,m over micro-batch m (of any rank) and count N_k over the whole global batch. The step minimises
-Σ_k w_k (Σ_m S_k,m) / N_k. Each micro-batch contributes Σ_k w_k S_k,m / N_k, gradients are summed over micro-batches by autograd and over
+How a loss is normalised. Term k has sum S_k,m over micro-batch m (of any rank) and count N_k over the whole global
+batch. The step minimises
+Σ_k w_k (Σ_m S_k,m) / N_k. Each micro-batch contributes Σ_k w_k S_k,m / N_k, gradients are summed over micro-batches
+by autograd and over
 data- and context-parallel ranks by the wrapper (sum, not mean). Nothing else divides.
 """
 
@@ -135,10 +138,13 @@ def _forward_step(iterator: Iterator[Any], model: DistributedDataParallel, *, sc
 
 
 def _total(sums: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """This micro-batch's part of the total loss. The token count of Megatron-Core's triple is not used: see the head of this file."""
+    """This micro-batch's part of the total loss. The token count of Megatron-Core's triple is not used: see the head
+    of this file."""
     return (sums * scale).sum(), torch.zeros((), dtype=torch.int32, device=sums.device), {"sums": sums.detach()}
 
 
-def _finalize(chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, *, groups: ParallelGroups, **_: Any) -> None:
+def _finalize(
+    chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, *, groups: ParallelGroups, **_: Any
+) -> None:
     """Reduce gradients over ranks without dividing them by a token count."""
     finalize_model_grads(chunks, None, pg_collection=groups.collection)

@@ -1,4 +1,5 @@
-"""A packed row on the device, as ORION's stages read it. Everything that depends on positions is worked out here, once per micro-batch.
+"""A packed row on the device, as ORION's stages read it. Everything that depends on positions is worked out here,
+once per micro-batch.
 
 Layouts: T tokens of the row, t = T / context of this rank, V visual tokens, n chosen positions.
 """
@@ -35,7 +36,8 @@ class Sight:
     frozen: VisionInput | None
     """All images of the row, for the frozen tower; None when there are none."""
     trained: VisionInput | None
-    """Images that are read, for a trainable tower; a blank one when there are none, so that every rank's tower runs; None if the tower is frozen."""
+    """Images that are read, for a trainable tower; a blank one when there are none, so that every rank's tower runs;
+    None if the tower is frozen."""
     trained_rows: Tensor
     """int64: rows of the merged features of all images that the trained tower replaces; empty for the blank image."""
     visual_index: Tensor
@@ -79,8 +81,12 @@ def build_batch(row: PackedRow, model: ModelConfig, role: Role, device: torch.de
     local = context_index(bounds, role.context_rank, role.context_size)
     backbone = model.backbone
     position_ids = _tensor(row.position_ids[:, local], device)
-    angles = mrope_angles(position_ids, backbone.head_size, backbone.rope_theta, backbone.mrope_sections, backbone.mrope_interleaved)
-    segments = Segments.build(bounds, causal=True, device=device, context_rank=role.context_rank, context_size=role.context_size)
+    angles = mrope_angles(
+        position_ids, backbone.head_size, backbone.rope_theta, backbone.mrope_sections, backbone.mrope_interleaved
+    )
+    segments = Segments.build(
+        bounds, causal=True, device=device, context_rank=role.context_rank, context_size=role.context_size
+    )
     return OrionBatch(
         input_ids=_tensor(row.input_ids, device),
         local_index=_tensor(local, device) if role.context_size > 1 else None,
@@ -102,7 +108,9 @@ def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device,
     return Sight(frozen, trained, _tensor(rows, device), _tensor(row.visual_index, device))
 
 
-def _targets(row: PackedRow, local: np.ndarray, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype) -> Targets:
+def _targets(
+    row: PackedRow, local: np.ndarray, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype
+) -> Targets:
     labels = row.labels[local]
     text = np.flatnonzero(labels != IGNORED_LABEL)
     place = np.full(len(row.input_ids), -1, dtype=np.int64)
@@ -126,7 +134,9 @@ def _targets(row: PackedRow, local: np.ndarray, model: ModelConfig, role: Role, 
 def _choose(row: PackedRow, chosen: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Patches and grids of the chosen images, and the rows of their merged features among those of all images."""
     merge = model.vision_encoder.spatial_merge_size**2
-    owner = np.repeat(np.arange(len(row.grids)), row.grids.prod(axis=1)) if len(row.grids) else np.empty(0, dtype=np.int64)
+    owner = (
+        np.repeat(np.arange(len(row.grids)), row.grids.prod(axis=1)) if len(row.grids) else np.empty(0, dtype=np.int64)
+    )
     keep = chosen[owner] if len(owner) else np.zeros(0, dtype=bool)
     return row.patches[keep], row.grids[chosen], np.flatnonzero(keep[::merge])
 

@@ -27,7 +27,9 @@ class Orion:
         weights = stage.method.loss_weights
         self.weights = (weights.cross_entropy, weights.mse, weights.kl)
         rules = stage.train.trainable
-        self.frozen = FrozenParts(vision_encoder=is_frozen("vision_encoder", rules), backbone=is_frozen("backbone", rules))
+        self.frozen = FrozenParts(
+            vision_encoder=is_frozen("vision_encoder", rules), backbone=is_frozen("backbone", rules)
+        )
 
     def build(self, virtual_stage: int, with_base: bool = True) -> OrionModel:
         return OrionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage, with_base)

@@ -1,6 +1,7 @@
 """ORION's network (figure 2): one autoregressive VLM with a text head and a vision head, and its frozen base beside it.
 
-Layout: ``[t, 1, H]`` between pipeline stages, t tokens of this rank; with a teacher ``[2 t, 1, H]``, the student's tokens first.
+Layout: ``[t, 1, H]`` between pipeline stages, t tokens of this rank; with a teacher ``[2 t, 1, H]``, the student's
+tokens first.
 """
 
 from collections.abc import Callable
@@ -38,14 +39,23 @@ class OrionModel(MegatronModule):
     """One pipeline stage of ORION.
 
     Parts:
-        vision_encoder: the student's tower (first stage). backbone: the student's decoder layers. vision_head: f of eq. 2 (last stage).
-        base: the frozen base model, never saved and never trained: ``base.backbone`` is the teacher of eq. 3 (every stage, only with a KL weight);
-            ``base.vision_encoder`` makes the visual tokens that are regressed, on the first stage where the student's tower trains, and on the
+        vision_encoder: the student's tower (first stage). backbone: the student's decoder layers. vision_head: f of
+            eq. 2 (last stage).
+        base: the frozen base model, never saved and never trained: ``base.backbone`` is the teacher of eq. 3 (every
+            stage, only with a KL weight);
+            ``base.vision_encoder`` makes the visual tokens that are regressed, on the first stage where the
+            student's tower trains, and on the
             last stage of a pipeline.
     """
 
     def __init__(
-        self, stage: StageConfig, platform: Platform, groups: ParallelGroups, frozen: FrozenParts, virtual_stage: int = 0, with_base: bool = True
+        self,
+        stage: StageConfig,
+        platform: Platform,
+        groups: ParallelGroups,
+        frozen: FrozenParts,
+        virtual_stage: int = 0,
+        with_base: bool = True,
     ) -> None:
         config = backbone_transformer_config(stage.model.backbone, stage.system, platform)
         super().__init__(config)
@@ -65,7 +75,15 @@ class OrionModel(MegatronModule):
             return Qwen25VisionEncoder(stage.model.vision_encoder, vision_config, backend, groups.alone())
 
         def decoder() -> Backbone:
-            return Backbone(stage.model.backbone, config, backend, groups.collection, self.pre_process, self.post_process, self.vp_stage)
+            return Backbone(
+                stage.model.backbone,
+                config,
+                backend,
+                groups.collection,
+                self.pre_process,
+                self.post_process,
+                self.vp_stage,
+            )
 
         if self.pre_process:
             self.vision_encoder = tower()
@@ -76,7 +94,9 @@ class OrionModel(MegatronModule):
         self.has_teacher = with_base and self.weights.kl > 0
         if self.has_teacher:
             self.base.backbone = decoder()
-        if with_base and ((self.pre_process and not frozen.vision_encoder) or (self.post_process and not self.pre_process)):
+        if with_base and (
+            (self.pre_process and not frozen.vision_encoder) or (self.post_process and not self.pre_process)
+        ):
             self.base.vision_encoder = tower()
         self.base.requires_grad_(False).eval()
 
@@ -95,10 +115,17 @@ class OrionModel(MegatronModule):
         self.base.eval()
         return self
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What a checkpoint keeps: everything but the frozen base (which comes from its own checkpoint) and FP8 history (rebuilt in a few steps)."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint keeps: everything but the frozen base (which comes from its own checkpoint) and FP8
+        history (rebuilt in a few steps)."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {key: value for key, value in state.items() if not key.startswith(f"{prefix}base.") and not key.endswith("_extra_state")}
+        return {
+            key: value
+            for key, value in state.items()
+            if not key.startswith(f"{prefix}base.") and not key.endswith("_extra_state")
+        }
 
     def base_sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """The frozen base under the names that the base model's checkpoint has."""
@@ -130,19 +157,25 @@ class OrionModel(MegatronModule):
             output = student if teacher is None else torch.cat([student, teacher])  # [2 t, 1, H]
         return output if self.pre_process else with_zero_gradient(output, self.input_tensor)
 
-    # -- first stage ---------------------------------------------------------------------------------------------------------------------
+    # -- first stage
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _enter(self, batch: OrionBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Token embeddings with visual tokens among them, for student and teacher, and the frozen tower's features ``[V, H]``."""
+        """Token embeddings with visual tokens among them, for student and teacher, and the frozen tower's features
+        ``[V, H]``."""
         assert batch.sight is not None
         frozen = self._frozen_features(batch.sight)  # [V, H] or None
         seen = self._seen_features(batch.sight, frozen)  # [V, H] or None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen.backbone and self.frozen.vision_encoder)):
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and not (self.frozen.backbone and self.frozen.vision_encoder)
+        ):
             student = self._embed(self.backbone, seen, batch)
         teacher = None
         if self.has_teacher:
             with torch.no_grad():
-                teacher = self._embed(self.base.backbone, frozen, batch) if batch.generates else torch.zeros_like(student)
+                teacher = (
+                    self._embed(self.base.backbone, frozen, batch) if batch.generates else torch.zeros_like(student)
+                )
         return student, teacher, frozen
 
     def _frozen_features(self, sight: Sight) -> Tensor | None:
@@ -153,7 +186,8 @@ class OrionModel(MegatronModule):
             return tower(sight.frozen)
 
     def _seen_features(self, sight: Sight, frozen: Tensor | None) -> Tensor | None:
-        """What the student sees: images that are read through its own tower, images to be generated as their regression targets."""
+        """What the student sees: images that are read through its own tower, images to be generated as their
+        regression targets."""
         if sight.trained is None:
             return frozen
         trained = self.vision_encoder(sight.trained)
@@ -173,7 +207,8 @@ class OrionModel(MegatronModule):
             hidden = hidden.index_select(0, batch.local_index)  # [T / context, 1, H]
         return backbone.scatter(hidden)  # [t, 1, H]
 
-    # -- every stage ---------------------------------------------------------------------------------------------------------------------
+    # -- every stage
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.has_teacher:
@@ -188,12 +223,14 @@ class OrionModel(MegatronModule):
         return self.backbone(hidden, batch.context)
 
     def _teacher(self, hidden: Tensor | None, batch: OrionBatch) -> Tensor | None:
-        if hidden is None or not batch.generates:
+        # Under expert parallelism ranks with other rows meet in the experts' exchange, so all must come.
+        if hidden is None or not (batch.generates or self.groups.config.expert > 1):
             return hidden
         with torch.no_grad():
             return self.base.backbone(hidden, batch.context)
 
-    # -- last stage ----------------------------------------------------------------------------------------------------------------------
+    # -- last stage
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _losses(self, student: Tensor, teacher: Tensor | None, features: Tensor | None, batch: OrionBatch) -> Tensor:
         """Eq. 1-3, the sums over this rank's positions."""
@@ -225,7 +262,8 @@ class OrionModel(MegatronModule):
             mse = self.vision_head(hidden[:1]).sum() * 0.0
         return losses.stack_terms(ce, mse, kl)
 
-    # -- generation (the contract of generate/staged.py) -----------------------------------------------------------------------------------
+    # -- generation: the contract of generate/staged.py
+    # -----------------------------------------------------------------
 
     def see(self, images: VisionInput) -> Tensor:
         """Visual tokens ``[V, H]`` of images that are read, through the student's tower (first stage)."""
@@ -254,7 +292,7 @@ class OrionModel(MegatronModule):
         return self.vision_head(hidden_nH)
 
 
-def _head_config(config):  # noqa: ANN001, ANN202 - TransformerConfig both
+def _head_config(config):
     import copy
 
     config = copy.copy(config)

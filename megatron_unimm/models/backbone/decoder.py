@@ -8,7 +8,10 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch import Tensor
@@ -48,13 +51,23 @@ class Backbone(LanguageModule):
         self.share_embeddings_and_output_weights = model.tie_embeddings
         if pre_process:
             self.embedding = LanguageModelEmbedding(
-                config, model.vocab_size, model.max_position, position_embedding_type="none", scatter_to_sequence_parallel=False, tp_group=groups.tp
+                config,
+                model.vocab_size,
+                model.max_position,
+                position_embedding_type="none",
+                scatter_to_sequence_parallel=False,
+                tp_group=groups.tp,
             )
         num_layers = get_num_layers_to_build(config, virtual_stage, groups.pp.rank())
         experts = model.moe.num_experts if model.moe is not None else None
         spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
         self.decoder = TransformerBlock(
-            config, block_spec(backend, [spec] * num_layers), pre_process=pre_process, post_process=post_process, pg_collection=groups, vp_stage=virtual_stage
+            config,
+            block_spec(backend, [spec] * num_layers),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=virtual_stage,
         )
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -77,22 +90,29 @@ class Backbone(LanguageModule):
 
     def scatter(self, hidden_T1H: Tensor) -> Tensor:
         """This rank's part of the sequence under sequence parallelism."""
-        return scatter_to_sequence_parallel_region(hidden_T1H, group=self.tp_group) if self.config.sequence_parallel else hidden_T1H
+        return (
+            scatter_to_sequence_parallel_region(hidden_T1H, group=self.tp_group)
+            if self.config.sequence_parallel
+            else hidden_T1H
+        )
 
     def gather(self, hidden_t1H: Tensor) -> Tensor:
-        """The whole sequence again. What follows must be the same on all tensor-parallel ranks, or sum its gradients itself."""
+        """The whole sequence again. What follows must be the same on all tensor-parallel ranks, or sum its gradients
+        itself."""
         if not self.config.sequence_parallel:
             return hidden_t1H
         return gather_from_sequence_parallel_region(hidden_t1H, tensor_parallel_output_grad=False, group=self.tp_group)
 
     def forward(self, hidden_t1H: Tensor, context: PackedContext) -> Tensor:
         """The layers of this stage, and the final norm on the last."""
-        # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input in two first.
+        # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input
+        # in two first.
         self.decoder.input_tensor = hidden_t1H
         return self.decoder(hidden_t1H, attention_mask=None, packed_seq_params=context)
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
-        """Vocabulary logits of chosen positions: ``[n, H]`` to ``[n, vocab / tensor]``, each rank its part of the vocabulary."""
+        """Vocabulary logits of chosen positions: ``[n, H]`` to ``[n, vocab / tensor]``, each rank its part of the
+        vocabulary."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_nH, weight=weight)[0]
 

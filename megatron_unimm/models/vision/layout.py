@@ -1,6 +1,8 @@
-"""Where each patch of a batch of images stands: rotary positions, attention windows, segment bounds. Host side, once per micro-batch.
+"""Where each patch of a batch of images stands: rotary positions, attention windows, segment bounds. Host side, once
+per micro-batch.
 
-Patches come in the order of the Qwen processors: image by image, and inside an image merge unit by merge unit (a unit is the
+Patches come in the order of the Qwen processors: image by image, and inside an image merge unit by merge unit (a
+unit is the
 ``spatial_merge_size``² patches that become one visual token), units row by row.
 """
 
@@ -13,7 +15,8 @@ from megatron_unimm.config.model import VisionEncoderConfig
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """The layout of P patches that make V visual tokens. Arrays named *_windowed are in the order in which the tower computes."""
+    """The layout of P patches that make V visual tokens. Arrays named *_windowed are in the order in which the tower
+    computes."""
 
     positions_windowed: np.ndarray
     """int64 ``[2, P]``: row and column of each patch in its image."""
@@ -30,7 +33,8 @@ class PatchLayout:
 def patch_layout(grids: np.ndarray, config: VisionEncoderConfig) -> PatchLayout:
     """Lay out images of patch grids ``[N, 3]`` (time, height, width; in patches, whole merge units).
 
-    Source of the scheme: Qwen2.5-VL technical report (arXiv 2502.13923, section 2.1.1), window attention with windows of ``window_size`` pixels.
+    Source of the scheme: Qwen2.5-VL technical report (arXiv 2502.13923, section 2.1.1), window attention with
+        windows of ``window_size`` pixels.
     """
     merge = config.spatial_merge_size
     window = config.window_size // config.token_pixels

@@ -35,7 +35,14 @@ class VisionInput:
     context: PackedContext
 
     @classmethod
-    def build(cls, patches: np.ndarray, grids: np.ndarray, config: VisionEncoderConfig, device: torch.device, dtype: torch.dtype) -> "VisionInput":
+    def build(
+        cls,
+        patches: np.ndarray,
+        grids: np.ndarray,
+        config: VisionEncoderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "VisionInput":
         """From the loader's arrays: patches float32 ``[P, patch_dim]``, grids int64 ``[N, 3]``."""
         layout = patch_layout(grids, config)
         segments = {
@@ -60,8 +67,12 @@ class PatchMerger(MegatronModule):
         self.joined_size = model.hidden_size * model.spatial_merge_size**2
         linear = dict(config=config, init_method=config.init_method, bias=True, tp_group=groups.tp)
         self.norm = torch.nn.RMSNorm(model.hidden_size, eps=model.norm_epsilon)
-        self.linear_fc1 = ColumnParallelLinear(self.joined_size, self.joined_size, gather_output=False, skip_bias_add=False, **linear)
-        self.linear_fc2 = RowParallelLinear(self.joined_size, model.out_size, input_is_parallel=True, skip_bias_add=False, **linear)
+        self.linear_fc1 = ColumnParallelLinear(
+            self.joined_size, self.joined_size, gather_output=False, skip_bias_add=False, **linear
+        )
+        self.linear_fc2 = RowParallelLinear(
+            self.joined_size, model.out_size, input_is_parallel=True, skip_bias_add=False, **linear
+        )
 
     def forward(self, hidden_P1H: Tensor) -> Tensor:
         """``[P, 1, H]`` to ``[V, out_size]``."""
@@ -72,12 +83,15 @@ class PatchMerger(MegatronModule):
 class Qwen25VisionEncoder(MegatronModule):
     """Patch embedding, windowed and full attention blocks, merger (arXiv 2502.13923, figure 1)."""
 
-    def __init__(self, model: VisionEncoderConfig, config: TransformerConfig, backend: str, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, model: VisionEncoderConfig, config: TransformerConfig, backend: str, groups: ProcessGroupCollection
+    ) -> None:
         super().__init__(config)
         self.model = model
         self.patch_embed = torch.nn.Linear(model.patch_dim, model.hidden_size, bias=False)
         layers = [
-            layer_spec(backend, causal=False, kind="full" if number in model.full_attention_layers else "window") for number in range(model.num_layers)
+            layer_spec(backend, causal=False, kind="full" if number in model.full_attention_layers else "window")
+            for number in range(model.num_layers)
         ]
         self.blocks = TransformerBlock(config, block_spec(backend, layers), post_layer_norm=False, pg_collection=groups)
         self.merger = PatchMerger(model, config, groups)

@@ -12,7 +12,8 @@ from megatron_unimm.train.record import Record
 
 
 class MetricsFile(Callback):
-    """Appends to ``metrics.jsonl`` of the stage, on rank 0. After a resume, lines of steps that will be done again are dropped first."""
+    """Appends to ``metrics.jsonl`` of the stage, on rank 0. After a resume, lines of steps that will be done again
+    are dropped first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,0 +1,135 @@
+"""Every layout against one rank: same checkpoint, same data, fp32. ORION's SFT stage with its three kinds of sample
+in the batch."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.data.shapes import write_shapes
+
+TOLERANCE = 1e-4
+"""Relative, of losses and norms, and of each gradient's norm. Measured worst case: see the table that `pytest -s`
+prints."""
+WORKER = Path(__file__).with_name("worker.py")
+MOE = ("model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 48}",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    ranks: int
+    overrides: tuple[str, ...]
+    moe: bool = False
+
+
+LAYOUTS = [
+    Layout("tp2", 2, ("system.parallel.tensor=2",)),
+    Layout("tp2_sp", 2, ("system.parallel.tensor=2", "system.parallel.sequence=true")),
+    Layout("pp2", 2, ("system.parallel.pipeline=2",)),
+    Layout("pp2_vpp2", 2, ("system.parallel.pipeline=2", "system.parallel.virtual_pipeline=2")),
+    Layout("cp2", 2, ("system.parallel.context=2",)),
+    Layout("dp2", 2, ()),
+    Layout(
+        "tp2_sp_pp2", 4, ("system.parallel.tensor=2", "system.parallel.sequence=true", "system.parallel.pipeline=2")
+    ),
+    Layout("ep2", 2, ("system.parallel.expert=2",), moe=True),
+    Layout(
+        "ep2_tp2",
+        4,
+        ("system.parallel.expert=2", "system.parallel.tensor=2", "system.parallel.sequence=true"),
+        moe=True,
+    ),
+]
+
+
+def start_worker(ranks: int, tasks: list[dict]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        str(WORKER),
+        json.dumps(tasks),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
+    assert done.returncode == 0, "\n".join(errors[-30:])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Results of one rank and of every layout: {mixture of experts: folder}."""
+    root = tmp_path_factory.mktemp("layouts")
+    write_shapes(root / "data", count=120, seed=3)
+    data = [
+        f"data.sources.{kind}.path={root}/data/train/{kind}.jsonl"
+        for kind in ("understanding", "text_to_image", "editing")
+    ]
+    made = {moe: root / ("moe" if moe else "dense") for moe in (False, True)}
+
+    def task(name: str, moe: bool, *overrides: str) -> dict:
+        return {"folder": str(made[moe]), "name": name, "overrides": [*data, *(MOE if moe else ()), *overrides]}
+
+    for folder in made.values():
+        folder.mkdir()
+    start_worker(1, [task(name, moe) for moe in made for name in ("init", "one_rank")])
+    for ranks in sorted({layout.ranks for layout in LAYOUTS}):
+        start_worker(
+            ranks, [task(layout.name, layout.moe, *layout.overrides) for layout in LAYOUTS if layout.ranks == ranks]
+        )
+    return made
+
+
+def test_reference_has_every_kind(folders: dict[bool, Path]) -> None:
+    """The comparison means something: three kinds of sample, three loss terms above zero, gradients in every part."""
+    for folder in folders.values():
+        first = json.loads((folder / "one_rank.json").read_text())["steps"][0]
+        assert first["kinds"] == ["editing", "text_to_image", "understanding"]
+        assert min(first["losses"]) > 1e-4
+        assert min(first["modules"]) > 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_equals_one_rank(layout: Layout, folders: dict[bool, Path]) -> None:
+    """Losses and gradient norms of three steps, and every tensor's gradient of the first."""
+    folder = folders[layout.moe]
+    expected, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one_rank", layout.name))
+    worst_loss = 0.0
+    for number, (reference, step) in enumerate(zip(expected["steps"], found["steps"], strict=True)):
+        for name in ("losses", "modules"):
+            torch.testing.assert_close(
+                torch.tensor(step[name]),
+                torch.tensor(reference[name]),
+                rtol=TOLERANCE,
+                atol=1e-9,
+                msg=f"step {number}, {name}",
+            )
+        assert step["norm"] == pytest.approx(reference["norm"], rel=TOLERANCE), f"step {number}"
+        worst_loss = max(
+            worst_loss, *(abs(a - b) / b for a, b in zip(step["losses"], reference["losses"], strict=True))
+        )
+    worst = worst_gradient_difference(folder / "one_rank", folder / layout.name)
+    print(f"{layout.name:12} losses {worst_loss:.1e}  worst gradient {worst[0]:.1e} {worst[1]}")
+    assert worst[0] < TOLERANCE, worst
+
+
+def worst_gradient_difference(reference: Path, other: Path) -> tuple[float, str]:
+    """Largest ‖g − g'‖ / ‖g‖ over tensors; the bias of keys is left to an absolute bound, since its true gradient is
+    zero."""
+    worst = (0.0, "")
+    with Reader(reference) as expected, Reader(other) as found:
+        assert expected.tensors.keys() == found.tensors.keys()
+        total = sum(expected.read(key).double().square().sum() for key in expected.tensors).sqrt()
+        for key in expected.tensors:
+            gradient, theirs = expected.read(key).double(), found.read(key).double()
+            norm = max(gradient.norm().item(), 1e-6 * total.item())
+            worst = max(worst, ((gradient - theirs).norm().item() / norm, key))
+    return worst

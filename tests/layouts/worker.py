@@ -1,0 +1,139 @@
+"""Runs ORION's SFT stage for three steps at one layout and writes down everything that must not depend on it.
+Started by torchrun.
+
+usage: worker.py '[{"folder": …, "name": …, "overrides": […]}, …]'
+
+A task named init writes FOLDER/base and FOLDER/start, two random checkpoints, from one rank. Any other name writes
+FOLDER/NAME.json (losses,
+gradient norms) and FOLDER/NAME (gradients of the first step). One start serves many layouts, since importing takes
+longer than training.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_unimm.checkpoint.store import save
+from megatron_unimm.config.load import load_recipe
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
+from megatron_unimm.train import setup
+from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
+from megatron_unimm.train.schedule import learning_rate
+from megatron_unimm.train.state import Start, model_state
+from megatron_unimm.train.step import TrainStep
+
+REPO = Path(__file__).resolve().parents[2]
+NUM_STEPS = 3
+
+
+def stage_config(folder: Path, overrides: list[str]) -> StageConfig:
+    """The Shapes recipe's SFT stage with a smaller, four-layer model."""
+    small = [
+        "model.vision_encoder.num_layers=2",
+        "model.vision_encoder.hidden_size=32",
+        "model.vision_encoder.mlp_size=48",
+        "model.vision_encoder.full_attention_layers=[1]",
+        "model.vision_encoder.out_size=64",
+        "model.backbone.num_layers=4",
+        "model.backbone.hidden_size=64",
+        "model.backbone.num_heads=4",
+        "model.backbone.head_size=16",
+        "model.backbone.mlp_size=96",
+        "model.backbone.mrope_sections=[2,3,3]",
+        "data.sequence_length=512",
+        f"data.tokenizer={REPO}/tools/base_models/shapes_vlm",
+        "train.global_batch_size=12",
+        f"base_checkpoint={folder}/base",
+        "system.precision.dtype=float32",
+        "system.parallel.tensor=1",
+        "system.parallel.sequence=false",
+        "system.cpu_threads=1",
+    ]
+    return load_recipe(REPO / "configs/orion/shapes.yaml", small + overrides).stages["sft"]
+
+
+def init(folder: Path, overrides: list[str]) -> None:
+    """Two random models, so that student and teacher differ; biases and norms too, so that none is invisible."""
+    stage = stage_config(folder, overrides)
+    platform, groups = setup.enter(stage)
+    _, chunks = setup.build_model(stage, platform, groups)
+    meta = {"kind": "base_model", "family": "qwen2_5_vl", "architecture": stage.model.model_dump(mode="json")}
+    for seed, name in enumerate(("base", "start")):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in chunks[0].parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        save(model_state(chunks, groups), folder / name, meta)
+
+
+def run(folder: Path, name: str, overrides: list[str]) -> None:
+    """Three optimizer steps from FOLDER/start."""
+    stage = stage_config(folder, overrides)
+    platform, groups = setup.enter(stage)
+    method, chunks = setup.build_model(stage, platform, groups)
+    setup.fill(chunks, stage, Start(folder / "start", resume=False), groups)
+    loader, total_steps = setup.open_data(stage, groups)
+    wrapped = wrap_data_parallel(chunks, stage, groups)
+    step = TrainStep(stage, method, wrapped, build_optimizer(wrapped, stage, groups), platform, groups)
+    steps = []
+    for number in range(NUM_STEPS):
+        batch = next(loader)
+        result = step.run(batch.rows, learning_rate(number, total_steps, stage.train.schedule))
+        kinds = sorted({kind for row in batch.rows for kind in row.kinds})
+        steps.append(
+            {
+                "losses": result.losses.tolist(),
+                "norm": result.gradient_norm.item(),
+                "modules": result.module_norms.tolist(),
+                "kinds": kinds,
+            }
+        )
+        if number == 0:
+            save(gradient_state(wrapped, groups), folder / name, {})
+    loader.close()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        (folder / f"{name}.json").write_text(json.dumps({"modules": step.meter.modules, "steps": steps}))
+
+
+def gradient_state(wrapped: list[DistributedDataParallel], groups: ParallelGroups) -> dict:
+    """The checkpoint's view of the model with each parameter's gradient in its place.
+
+    The update clips gradients inside the optimizer's kernel, so the buffers still hold what was reduced; each
+    data-parallel rank holds its
+    shard of it, which is put together here.
+    """
+    for chunk in wrapped:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets:
+                size, rank = buffer.data_parallel_group.size(), buffer.data_parallel_group.rank()
+                shards = list(bucket.grad_data.chunk(size))
+                dist.all_gather(
+                    [torch.empty_like(shards[0]) for _ in range(size)] if size == 1 else shards,
+                    shards[rank].clone(),
+                    group=buffer.data_parallel_group,
+                )
+    state = model_state([chunk.module for chunk in wrapped], groups)
+    for number, chunk in enumerate(wrapped):
+        parameters = dict(chunk.module.named_parameters())
+        for key, value in state[f"model{number}"].items():
+            value.data = parameters[key].main_grad
+    return state
+
+
+def main() -> None:
+    plan = json.loads(sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1])
+    for task in plan:
+        torch.manual_seed(0)
+        folder, name, overrides = Path(task["folder"]), task["name"], task["overrides"]
+        init(folder, overrides) if name == "init" else run(folder, name, overrides)
+        parallel_state.destroy_model_parallel()
+    destroy_groups()
+
+
+if __name__ == "__main__":
+    main()
