@@ -1,6 +1,7 @@
 """Whether the visual tokens that a model generates for a held-out caption are those of the right picture.
 
-For each caption the generated sequence is compared with the frozen vision encoder's features of 64 pictures, one of which is the
+For each caption the generated sequence is compared with the frozen vision encoder's features of 64 pictures, one of
+which is the
 caption's; the nearest one is the model's answer. Chance is 1 / 64.
 
 Legend  M captions, C = 64 candidates, F = V H numbers of a flattened sequence of visual tokens.
@@ -104,7 +105,8 @@ def compare(generated: Tensor, features: Tensor, index: int) -> Comparison:
 
 
 def window_start(index: int, count: int) -> int:
-    """The first of the 64 neighbours that are a caption's candidates: blocks of 64, the last one moved back to be whole."""
+    """The first of the 64 neighbours that are a caption's candidates: blocks of 64, the last one moved back to be
+    whole."""
     return min(index // NUM_CANDIDATES * NUM_CANDIDATES, count - NUM_CANDIDATES)
 
 

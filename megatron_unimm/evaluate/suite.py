@@ -37,7 +37,8 @@ class Suite:
     needs_targets: bool
     """Whether the base model's vision encoder is read (``Generator.target_features``)."""
     load: Callable[[Path | None, int], Sequence[Any]]
-    """Its samples: from the files of ``unimm data shapes`` in a folder or, without one, made on the spot. Raises DataError."""
+    """Its samples: from the files of ``unimm data shapes`` in a folder or, without one, made on the spot. Raises
+    DataError."""
     run: Callable[[Generator, Sequence[Any]], SuiteResult]
     """Scores the model on samples; called on all ranks, returns the same on all."""
 
@@ -45,7 +46,8 @@ class Suite:
 def share(generator: Generator, count: int) -> range:
     """The samples that this rank's replica of the model answers.
 
-    Replicas of a mixture of experts that share experts answer everything together: they must take as many steps as one another.
+    Replicas of a mixture of experts that share experts answer everything together: they must take as many steps as
+        one another.
     """
     groups = generator.groups
     if groups.config.expert > 1:

@@ -78,7 +78,7 @@ class Generator:
         """Build a checkpoint's model on the ranks that torchrun or srun started (one without them) and fill it.
 
         Args:
-            model_dir: a checkpoint (imported base model or ``step_…``), a stage's folder or a run's folder: their newest.
+            model_dir: a checkpoint (imported base model or ``step_…``), or a stage's or run's folder: their newest.
             tensor, pipeline: layout; ranks beyond ``tensor * pipeline`` are replicas.
             with_targets: load the base model's vision encoder too, for :meth:`target_features`.
             base: the base model's checkpoint; None takes the one that the training used.
@@ -92,7 +92,7 @@ class Generator:
         trained = meta.get("kind") == "training"
         with_base = with_targets and (trained or base is not None)
         # Numbers below float32 are slow on a CPU and save nothing there.
-        dtype = "" if select_platform().is_gpu else "float32"
+        dtype = None if select_platform().is_gpu else "float32"
         stage = generation_stage(
             meta, tensor=tensor, pipeline=pipeline, world_size=setup.world_size(), dtype=dtype, with_base=with_base
         )
@@ -128,7 +128,7 @@ class Generator:
         dist.broadcast_object_list(words, src=0, group=self.groups.host)
         return words[0]
 
-    # -- prompts -------------------------------------------------------------------------------------------------------------------------
+    # -- prompts -------------------------------------------------------------------------------------------------------
 
     def prompt(
         self,
@@ -152,7 +152,8 @@ class Generator:
         if open_image and not self.draws:
             raise UserError(
                 self.origin,
-                "is a model without a vision head: it answers in text and cannot generate images; take a trained checkpoint",
+                "is a model without a vision head: it answers in text and cannot generate images; "
+                "take a trained checkpoint",
             )
         order = image_order(turns)
         pixels = [self._blank(p) if isinstance(p, GeneratedImage) else p for p in pictures]
@@ -167,7 +168,7 @@ class Generator:
         )
 
     def _grid(self, like: np.ndarray | None) -> np.ndarray:
-        """Grid of an image to be generated: the shape of the last image that was given (as edits keep it), else a square."""
+        """Grid of an image to be generated: of the shape of the last one given (edits keep it), else a square."""
         limits, encoder = self.chat.data.generation_size, self.chat.encoder
         height, width = (limits.max_side, limits.max_side) if like is None else like.shape[:2]
         width, height = images.target_size(width, height, limits, encoder.token_pixels)
@@ -178,7 +179,7 @@ class Generator:
         _, rows, columns = image.grid * self.chat.encoder.patch_size
         return np.zeros((rows, columns, 3), dtype=np.uint8)
 
-    # -- answers -------------------------------------------------------------------------------------------------------------------------
+    # -- answers -------------------------------------------------------------------------------------------------------
 
     def answer(self, prompts: Sequence[Prompt], settings: DecodeSettings, batch_size: int = 64) -> list[Answer]:
         """Answers in the order of the prompts; they do not depend on which prompts share a batch."""
@@ -197,7 +198,11 @@ class Generator:
         return [answers[i] for i in range(len(prompts))]
 
     def target_features(self, pictures: Sequence[np.ndarray], batch_size: int = 64) -> list[Tensor]:
-        """The visual tokens ``[V, H]`` of each image (uint8 (H, W, 3)) as the model learns to generate them, on every rank."""
+        """The visual tokens ``[V, H]`` of each image as the model learns to generate them, on every rank.
+
+        Args:
+            pictures: uint8 (H, W, 3).
+        """
         features: list[Tensor] = []
         with decoding_mode(self._modules()):
             for start in range(0, len(pictures), batch_size):

@@ -1,10 +1,11 @@
 """Keys and values of a batch of sequences that grow together, for the layers of one pipeline stage.
 
-Legend  B sequences, t new tokens of all of them, n the most new tokens of one, S the most tokens stored of one, N heads, G groups of
-heads that share keys and values, R = N / G, D head size.
+Legend  B sequences, t new tokens of all of them, n the most new tokens of one, S the most tokens stored of one,
+N heads, G groups of heads that share keys and values, R = N / G, D head size.
 
-Every forward pass brings some new tokens of every sequence, one sequence after another: whole prompts at first, then one token each.
-Drawn for stored lengths 2 and 0 and for 1 and 2 new tokens, ``+`` what is appended and q the queries, padded to n = 2::
+Every forward pass brings some new tokens of every sequence, one sequence after another: whole prompts at first, then
+one token each. Drawn for stored lengths 2 and 0 and for 1 and 2 new tokens, ``+`` what is appended and q the queries,
+padded to n = 2::
 
     slots   0 1 2    queries      query sees
     seq 0   k k +    q0 .         [1 1 1] [1 1 1]
@@ -41,8 +42,8 @@ class _Growth:
 class SequenceCache:
     """A ``KeyValueStore`` (models/attention.py). Call :meth:`grow` before each forward pass.
 
-    Layers are known by their global number and get their storage ``[B, max_length, G, D]`` when they first come by, so that a
-    pipeline stage stores its own only.
+    Layers are known by their global number and get their storage ``[B, max_length, G, D]`` when they first come by, so
+    that a pipeline stage stores its own only.
 
     Args:
         num_sequences: B.
@@ -59,7 +60,8 @@ class SequenceCache:
     def grow(self, counts: Sequence[int]) -> None:
         """Announce the new tokens of the next forward pass: how many of each sequence, at least one."""
         num_new, starts = np.asarray(counts, dtype=np.int64), self.lengths
-        assert len(num_new) == len(starts) and num_new.min() > 0, f"{counts} new tokens for {len(starts)} sequences"
+        assert len(num_new) == len(starts), f"{counts} new tokens for {len(starts)} sequences"
+        assert num_new.min() > 0, f"{counts} new tokens: every sequence that is kept gets some"
         self.lengths = starts + num_new
         assert self.lengths.max() <= self.max_length, f"{self.lengths.max()} tokens, but room for {self.max_length}"
         sequence = np.repeat(np.arange(len(num_new)), num_new)
@@ -78,7 +80,8 @@ class SequenceCache:
         self._layers = {number: (keys[chosen], values[chosen]) for number, (keys, values) in self._layers.items()}
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Store ``[t, G, D]`` keys and values, attend ``[t, N, D]`` queries to all that their sequence has up to themselves.
+        """Store ``[t, G, D]`` keys and values, attend ``[t, N, D]`` queries to what their sequence has up to
+        themselves.
 
         Returns:
             ``[t, N, D]``.

@@ -1,7 +1,7 @@
 """From a folder that a person names to a checkpoint, and to the stage that builds its model for generation."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -15,7 +15,7 @@ from megatron_unimm.errors import CheckpointError
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a folder is or holds: itself, the newest of a stage's folder, or the newest of all stages of a run.
+    """The checkpoint that a folder is or holds: itself, or the newest of a stage's or run's folder.
 
     Raises:
         CheckpointError: there is none.
@@ -35,12 +35,18 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def generation_stage(
-    meta: dict[str, Any], *, tensor: int, pipeline: int, world_size: int, dtype: str, with_base: bool
+    meta: dict[str, Any],
+    *,
+    tensor: int,
+    pipeline: int,
+    world_size: int,
+    dtype: Literal["float32"] | None,
+    with_base: bool,
 ) -> StageConfig:
     """The stage of a checkpoint's meta, spread over this layout, with nothing in it that only training needs.
 
     Args:
-        dtype: ``float32``, or ``""`` for the checkpoint's own.
+        dtype: None for the checkpoint's own.
         with_base: make room for the base model's vision encoder.
     """
     stage = StageConfig.model_validate(yaml.safe_load(meta["config"])) if "config" in meta else _base_stage(meta)
@@ -62,7 +68,7 @@ def generation_stage(
 
 
 def _base_stage(meta: dict[str, Any]) -> StageConfig:
-    """A base model has no config: ORION's network is the plain VLM with a head beside it, fresh unless the meta has one."""
+    """A base model has no config: ORION's network is the plain VLM with a head beside it, fresh unless there is one."""
     head = VisionHeadConfig.model_validate(meta["vision_head"]) if "vision_head" in meta else VisionHeadConfig()
     return StageConfig(
         name="base_model",

@@ -2,9 +2,10 @@
 
 Legend  B sequences, n of them at a step, V visual tokens of an image, H hidden size.
 
-What follows a token (ORION, figure 2): text follows text and the end of an image, by the text head; after ``vision_start`` the vision head
-gives the first visual token, which is the next input as it is, and so on until the image's grid is full; then ``vision_end`` is put
-in, whatever the text head says. Drawn for an image of 2 visual tokens (``[`` vision_start, ``#`` visual token, ``]`` vision_end)::
+What follows a token (ORION, figure 2): text follows text and the end of an image, by the text head; after
+``vision_start`` the vision head gives the first visual token, which is the next input as it is, and so on until the
+image's grid is full; then ``vision_end`` is put in, whatever the text head says. Drawn for an image of 2 visual tokens
+(``[`` vision_start, ``#`` visual token, ``]`` vision_end)::
 
     input     A  [  #1 #2 ]  B
     follows   [  #1 #2 ]  B  ...
@@ -39,8 +40,8 @@ class Prompt:
     number: int = 0
     """Fixes the random numbers, together with the seed."""
     given: dict[int, Tensor] = field(default_factory=dict)
-    """Visual tokens ``[V, H]`` of images of the conversation that were generated before, by their place among its images. Their
-    patches are not looked at."""
+    """Visual tokens ``[V, H]`` of images of the conversation that were generated before, by their place among its
+    images. Their patches are not looked at."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _prompt_step(prompts: Sequence[Prompt]) -> Step:
 
 
 def _prompt_visual(staged: StagedModel, prompts: Sequence[Prompt]) -> Tensor | None:
-    """Visual tokens ``[V, H]`` of the images of all prompts, those that were generated before as they were; on the first stage."""
+    """Visual tokens ``[V, H]`` of the images of all prompts, generated ones as they were made; on the first stage."""
     visual = staged.see([prompt.tokens for prompt in prompts])
     if visual is None:
         return None
@@ -248,7 +249,7 @@ def _room(prompts: Sequence[Prompt], settings: DecodeSettings, model: ModelConfi
     if room > max_length:
         raise ConfigError(
             "max_new_tokens",
-            f"a prompt of {longest} tokens, {settings.max_new_tokens} new ones and an image of {image} may make {room} tokens, "
-            f"the model has positions for {max_length}; shorten the conversation or lower max_new_tokens",
+            f"a prompt of {longest} tokens, {settings.max_new_tokens} new ones and an image of {image} make {room}, "
+            f"but the model has positions for {max_length}; shorten the conversation or lower max_new_tokens",
         )
     return room

@@ -22,7 +22,8 @@ def read_pictures(files: Sequence[Path]) -> list[np.ndarray]:
 
 
 def write_visual_tokens(pictures: Sequence[GeneratedImage], file: Path) -> Path:
-    """Write generated images as ``image_0``, ``image_1``, … ``[V, H]``, their grids in the file's metadata; returns the file."""
+    """Write generated images as ``image_0``, ``image_1``, … ``[V, H]``, their grids in the metadata; returns the
+    file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"image_{number}": picture.visual_tokens.cpu().contiguous() for number, picture in enumerate(pictures)}
     grids = {f"grid_{number}": " ".join(map(str, picture.grid)) for number, picture in enumerate(pictures)}

@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, or temperature and top-p, with random numbers that belong to a sequence and not to its batch."""
+"""From logits to tokens: greedy, or temperature and top-p, with random numbers that belong to the sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

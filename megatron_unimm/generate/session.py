@@ -13,7 +13,8 @@ from megatron_unimm.generate.sampling import DecodeSettings
 class Session:
     """Remembers what was said and shown. The model sees the images that it generated as the visual tokens that it made.
 
-    Every turn reads the conversation anew, which costs one forward pass over it and keeps nothing on the device between turns.
+    Every turn reads the conversation anew, which costs one forward pass over it and keeps nothing on the device between
+    turns.
     """
 
     def __init__(self, generator: Generator, settings: DecodeSettings) -> None:

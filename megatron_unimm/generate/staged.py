@@ -1,9 +1,9 @@
-"""The chunks of a model as one function, whatever the layout: tokens in, the last hidden states and what follows from them out.
+"""The chunks of a model as one function, whatever the layout: tokens in, the last hidden states and what follows out.
 
 Layouts: t tokens of all sequences one after another, ``[t, 1, H]`` between stages; n chosen positions; V visual tokens.
 
-Tensor-parallel ranks compute the same; context- and data-parallel ranks each decode for themselves. Between pipeline stages hidden
-states travel with send and receive, and what the last stage finds out goes back to all by broadcast.
+Tensor-parallel ranks compute the same; context- and data-parallel ranks each decode for themselves. Between pipeline
+stages hidden states travel with send and receive, and what the last stage finds out goes back to all by broadcast.
 """
 
 from collections.abc import Iterator, Sequence
@@ -98,10 +98,10 @@ class StagedModel:
         self.is_first = chunks[0].pre_process
         self.is_last = chunks[-1].post_process
 
-    # -- images --------------------------------------------------------------------------------------------------------------------------
+    # -- images --------------------------------------------------------------------------------------------------------
 
     def see(self, prompts: Sequence[TokenizedSample]) -> Tensor | None:
-        """Visual tokens ``[V, H]`` of the images of all prompts, on the first stage; None elsewhere and without images."""
+        """Visual tokens ``[V, H]`` of the images of all prompts, on the first stage; None elsewhere, or without any."""
         patches = np.concatenate([prompt.patches for prompt in prompts])
         if not self.is_first or not len(patches):
             return None
@@ -120,7 +120,7 @@ class StagedModel:
     def _vision_input(self, patches: np.ndarray, grids: np.ndarray) -> VisionInput:
         return VisionInput.build(patches, grids, self.model.vision_encoder, self.device, self.dtype)
 
-    # -- tokens --------------------------------------------------------------------------------------------------------------------------
+    # -- tokens --------------------------------------------------------------------------------------------------------
 
     def run(self, step: Step, visual_VH: Tensor | None, cache: SequenceCache) -> Tensor | None:
         """New tokens through all stages.
@@ -161,13 +161,14 @@ class StagedModel:
         return torch.cat(parts, dim=-1)
 
     def share_tokens(self, tokens: Tensor | None, count: int) -> list[int]:
-        """What the last stage chose (int64 ``[count]``, None elsewhere), on every rank. The one host synchronisation of a step."""
+        """What the last stage chose (int64 ``[count]``, None elsewhere), on every rank: a step's one host sync."""
         shared = tokens if tokens is not None else torch.empty(count, dtype=torch.int64, device=self.device)
         self._broadcast(shared, stage=self.groups.config.pipeline - 1)
         return shared.tolist()
 
     def share_visual(self, hidden_nH: Tensor | None, count: int) -> Tensor:
-        """The visual tokens ``[count, H]`` that follow hidden states of the last stage (None elsewhere), on every rank."""
+        """The visual tokens ``[count, H]`` that follow hidden states of the last stage (None elsewhere), on all
+        ranks."""
         if hidden_nH is not None:
             visual = self.chunks[-1].next_visual(hidden_nH).to(self.dtype).contiguous()
         else:
@@ -189,7 +190,7 @@ class StagedModel:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
-    # -- stages --------------------------------------------------------------------------------------------------------------------------
+    # -- stages --------------------------------------------------------------------------------------------------------
 
     def _rank_of_stage(self, stage: int) -> int:
         return dist.get_global_rank(self.groups.collection.pp, stage % self.groups.config.pipeline)
@@ -211,10 +212,10 @@ class StagedModel:
 
 @contextmanager
 def decoding_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode without gradients, sequence parallelism and FP8; everything is as before afterwards, so a model that trains may enter.
+    """Evaluation mode without gradients, sequence parallelism and FP8; a model that trains leaves it as it came.
 
-    A step of decoding has as many tokens as sequences: they neither divide over tensor-parallel ranks nor fill FP8's blocks. The
-    weights are the same with and without; Megatron-Core's layers read the two switches when they run.
+    A step of decoding has as many tokens as sequences: they neither divide over tensor-parallel ranks nor fill FP8's
+    blocks. The weights are the same with and without; Megatron-Core's layers read the two switches when they run.
     """
     modules = [module for chunk in chunks for module in chunk.modules()]
     switches: list[tuple[object, str, object]] = []

@@ -1,0 +1,30 @@
+"""The tiny checkpoints of tests/generate."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "generate"))
+
+from tiny_checkpoint import make_checkpoints
+
+from megatron_unimm.generate.api import Generator
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny checkpoints: base, run."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture
+def generator(tiny: Path) -> Iterator[Generator]:
+    """The trained tiny model on one rank, with the base model's vision encoder."""
+    with Generator.load(tiny / "run", with_targets=True) as loaded:
+        torch.set_num_threads(1)
+        yield loaded

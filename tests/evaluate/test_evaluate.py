@@ -1,0 +1,111 @@
+"""Scoring checkpoints from the command line, and a model that trains."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoint import V, picture, stage_config
+
+from megatron_unimm.cli import main
+from megatron_unimm.cli.evaluate import evaluate as command
+from megatron_unimm.data.shapes import write_shapes
+from megatron_unimm.errors import ConfigError
+from megatron_unimm.evaluate.suites import SUITES, suite_of
+from megatron_unimm.generate.api import Generator
+from megatron_unimm.train.callbacks.evaluator import Evaluator
+
+
+def test_help_names_the_suites() -> None:
+    listed = command.epilog.split("Suites:")[1].split("\n")
+    assert [line.split() for line in listed if line] == [[s.name, *s.about.split()] for s in SUITES.values()]
+
+
+def test_an_unknown_suite_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean shapes_qa"):
+        suite_of("shape_qa", "suite")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_scores_a_checkpoint(tiny: Path, tmp_path: Path, suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    to = tmp_path / "out" / "result.json"
+    arguments = ["evaluate", "--model", str(tiny / "run"), "--suite", suite, "--to", str(to), "--num-samples", "6"]
+    assert main.run(arguments) == 0
+    result = json.loads(to.read_text())
+    assert result["suite"] == suite
+    assert result["step"] == 1
+    assert result["checkpoint"].endswith("step_00000001")
+    assert 0 <= result["scores"]["accuracy"] <= 0.2
+    assert result["seconds"] > 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_targets_are_the_base_model_s(tiny: Path, generator: Generator) -> None:
+    """The trained model and its base have other weights; the base's encoder made the targets."""
+    mine = generator.target_features([picture(0)])[0]
+    assert mine.shape == (V, generator.stage.model.backbone.hidden_size)
+    generator.__exit__(None, None, None)
+    sizes = generator.stage.data.generation_size
+    with Generator.load(tiny / "base") as base:
+        base.stage.data.generation_size = sizes  # an imported model has no recipe
+        torch.testing.assert_close(base.target_features([picture(0)])[0], mine)
+    with Generator.load(tiny / "run") as student:
+        assert not torch.allclose(student.target_features([picture(0)])[0], mine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--model", "BASE", "--suite", "shapes_retrieval"], "without a vision head"),
+        (["--model", "BASE", "--suite", "nothing"], "no suite nothing"),
+        (["--model", "RUN", "--suite", "shapes_retrieval", "--base", "nowhere"], "give its folder with --base"),
+        (["--model", "EMPTY", "--suite", "shapes_qa"], "not a finished checkpoint"),
+    ],
+)
+def test_errors_are_one_line(
+    tiny: Path, tmp_path: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"BASE": str(tiny / "base"), "RUN": str(tiny / "run"), "EMPTY": str(tmp_path)}
+    words = [names.get(word, word) for word in arguments]
+    assert main.run(["evaluate", *words, "--to", str(tmp_path / "x.json")]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_an_evaluation_of_nothing_known_is_refused_at_the_start(tiny: Path, tmp_path: Path) -> None:
+    stage = stage_config(tiny / "base", "train.evaluation.suites=[shapes_qu]")
+    with pytest.raises(ConfigError, match=r"train\.evaluation\.suites"):
+        Evaluator(stage, tmp_path)
+
+
+def test_scores_while_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 2 steps at the logging interval, and after the last step; training goes on as without it."""
+    from megatron_unimm.train import run
+
+    write_shapes(tmp_path / "data", count=60, seed=3)
+    sources = [
+        f"data.sources.{k}.path={tmp_path}/data/train/{k}.jsonl" for k in ("understanding", "text_to_image", "editing")
+    ]
+    common = [
+        "train.steps=5",
+        "train.global_batch_size=4",
+        "train.logging.every_steps=1",
+        "train.logging.tensorboard=false",
+    ]
+    suites = ["train.evaluation.suites=[shapes_qa, shapes_retrieval]", "train.evaluation.every_steps=2"]
+    losses = {}
+    for name, evaluation in (("with", [*suites, "train.evaluation.num_samples=6"]), ("without", [])):
+        stage = stage_config(tiny / "base", *sources, *common, *evaluation)
+        stage.after = None
+        folder = tmp_path / name / "sft"
+        original = run.default_callbacks
+        if evaluation:
+            monkeypatch.setattr(run, "default_callbacks", lambda s, f, o=original: [Evaluator(s, f), *o(s, f)])
+        assert run.train_stage(None, stage, tmp_path / name) == 0  # type: ignore[arg-type]
+        monkeypatch.undo()
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [record["losses"] for record in records]
+        if evaluation:
+            lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+            assert [(line["step"], line["suite"]) for line in lines] == [(s, n) for s in (2, 4, 5) for n in SUITES]
+            assert [r["step"] for r in records if "evaluation/shapes_qa/accuracy" in r["extra"]] == [2, 4]
+    assert losses["with"] == losses["without"]
