@@ -76,8 +76,7 @@ def vision_transformer_config(
         **_common(system, platform),
         **_recompute(system.recompute),
         # Never in FP8, whose products need a multiple of 8 rows (128 in blocks) and of 16 columns: an image has any
-        # number
-        # of patches, and Qwen2.5-VL's MLP is 3420 wide.
+        # number of patches, and Qwen2.5-VL's MLP is 3420 wide.
     )
 
 
