@@ -46,6 +46,10 @@ def chat(
 
     /image FILE attaches an image to what you say next, /reset forgets the conversation, /quit ends it.
     """
+    from megatron_unimm.train.log import setup_logging
+
+    setup_logging()  # before Megatron-Core is imported, which warns
+
     from megatron_unimm.generate.api import Generator
     from megatron_unimm.generate.sampling import DecodeSettings
     from megatron_unimm.generate.session import Session

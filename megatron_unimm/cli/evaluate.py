@@ -56,6 +56,10 @@ def evaluate(
     """Score a model and write the result as JSON."""
     import os
 
+    from megatron_unimm.train.log import setup_logging
+
+    setup_logging()  # before Megatron-Core is imported, which warns
+
     from megatron_unimm.evaluate import api
 
     report = api.evaluate(model_dir, suite, data, to, num_samples, base=base, tensor=tensor, pipeline=pipeline)

@@ -59,6 +59,10 @@ def generate(
     pipeline: int,
 ) -> None:
     """Answer a prompt, with text or with an image."""
+    from megatron_unimm.train.log import setup_logging
+
+    setup_logging()  # before Megatron-Core is imported, which warns
+
     from megatron_unimm.data.sample import Turn
     from megatron_unimm.generate.api import Generator
     from megatron_unimm.generate.pictures import read_pictures
