@@ -75,6 +75,8 @@ class EvaluationConfig(Section):
 
     every_steps: int | None = Field(default=None, gt=0)
     """Null evaluates only at the end of the stage."""
+    at_start: bool = False
+    """Also before the first step: what the stage starts from."""
     suites: list[str] = Field(default_factory=list)
     """Names of the suites, see ``unimm evaluate --help``."""
     num_samples: int = Field(default=64, gt=0)

@@ -75,7 +75,7 @@ def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
             if theirs.get(field) != value:
                 raise CheckpointError(
                     str(directory),
-                    f"is of another architecture: model.{field} is {theirs.get(field)} there and {value} in the recipe; "
+                    f"is of another architecture: model.{field} is {theirs.get(field)} there, {value} in the recipe; "
                     "take the recipe of that model",
                 )
     return meta

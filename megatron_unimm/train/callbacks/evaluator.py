@@ -26,11 +26,9 @@ class Evaluator(Callback):
     """Runs ``train.evaluation.suites`` on the live model every ``every_steps`` and after the last; all ranks take part.
 
     It runs at the first logging interval at or after its step, outside what the throughput counts, and adds its scores
-    to that record as ``evaluation/<suite>/<score>``: put it before the callbacks that write records. Every
-    evaluation is
-    also a line of ``evaluation.jsonl``. The last one comes after the final checkpoint, so that nothing it meets can
-    cost
-    training.
+    to that record as ``evaluation/<suite>/<score>``: put it before the callbacks that write records. Every evaluation
+    is also a line of ``evaluation.jsonl``. The last one comes after the final checkpoint, so that nothing it meets can
+    cost training.
 
     Args:
         folder: the stage's, for ``evaluation.jsonl``.
@@ -61,6 +59,8 @@ class Evaluator(Callback):
             # After a resume, lines of steps that will be done again are dropped.
             kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= loop.step]
             self.path.write_text("".join(f"{line}\n" for line in kept))
+        if self.settings.at_start and loop.step == 0:
+            self._show(self._evaluate(loop), loop.step)
 
     def on_record(self, loop: Loop, record: Record) -> None:
         every = self.settings.every_steps

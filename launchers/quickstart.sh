@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# ORION end to end in the Shapes world, on a machine with nothing but Python 3.11 and a package index: makes its environment,
+# the data and the base checkpoint, trains the paper's three stages on two ranks (tensor and sequence parallel), and prints
+# what came of it. About ten minutes on two CPU cores; needs no GPU and uses those that are there.
+#
+#   launchers/quickstart.sh                    into runs/quickstart; started again, it goes on where it was
+#   launchers/quickstart.sh train.steps=20     any recipe setting, for all three stages
+#
+#   RUNS=DIR   where runs go (runs)            DATA=DIR   where the Shapes data go (data/shapes)
+#   BUILD_BASE=1   train the base model anew instead of taking tools/base_models/shapes_vlm (half an hour)
+# More variables: launchers/setup_env.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launchers/setup_env.sh
+ensure_env .venv
+
+export RUNS="${RUNS:-runs}" DATA="${DATA:-data/shapes}"
+run="$RUNS/quickstart"
+base_model=tools/base_models/shapes_vlm
+
+step() { printf '\n== %s\n' "$*"; }
+
+if [[ "${BUILD_BASE:-0}" == 1 ]]; then
+    base_model="$RUNS/shapes_vlm"
+    step "Training the base model into $base_model"
+    [[ -f "$base_model/model.safetensors" ]] || python tools/build_tiny_models.py --to "$base_model"
+fi
+
+if [[ ! -f "$DATA/eval/retrieval.jsonl" ]]; then
+    step "Making the Shapes world in $DATA"
+    unimm data shapes --to "$DATA" --count 12000
+fi
+
+if [[ ! -f "$run/base/COMMITTED" ]]; then
+    step "Importing the Hugging Face model $base_model"
+    unimm convert import --from "$base_model" --to "$run/base"
+fi
+
+layout=(system.parallel.tensor=2 system.parallel.sequence=true)
+ranks=2
+if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" == 1 ]]; then
+    layout=(system.parallel.tensor=1)
+    ranks=1
+fi
+for stage in warm_up pretrain sft; do
+    step "Stage $stage on $ranks ranks"
+    torchrun --standalone --nproc-per-node "$ranks" -m megatron_unimm.cli \
+        train configs/orion/shapes.yaml --stage "$stage" --run-dir "$run" "${layout[@]}" "$@"
+done
+
+python tools/summarize_run.py "$run"
+echo "Curves: tensorboard --logdir $run    Talk to it: unimm chat --model $run"
