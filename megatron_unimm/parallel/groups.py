@@ -109,7 +109,7 @@ def initialize_distributed(platform: Platform, timeout_minutes: float) -> None:
 
 
 def initialize_groups(
-    config: ParallelConfig, platform: Platform, seed: int, timeout_minutes: float = 10.0
+    config: ParallelConfig, platform: Platform, seed: int, timeout_minutes: float = 10.0, host_backend: str = "gloo"
 ) -> ParallelGroups:
     """Build the process groups of a layout (checked before by ``config.layout.check_layout``) and seed the parallel
     random states."""
@@ -127,7 +127,7 @@ def initialize_groups(
     _SINGLES.create()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
-    host = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    host = dist.new_group(backend=host_backend, timeout=timedelta(minutes=timeout_minutes))
     return ParallelGroups(config, ProcessGroupCollection.use_mpu_process_groups(), host)
 
 
