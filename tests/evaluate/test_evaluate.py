@@ -77,7 +77,7 @@ def test_an_evaluation_of_nothing_known_is_refused_at_the_start(tiny: Path, tmp_
         Evaluator(stage, tmp_path)
 
 
-def test_scores_while_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_while_training(tiny: Path, tmp_path: Path) -> None:
     """Every 2 steps at the logging interval, and after the last step; training goes on as without it."""
     from megatron_unimm.train import run
 
@@ -97,11 +97,7 @@ def test_scores_while_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
         stage = stage_config(tiny / "base", *sources, *common, *evaluation)
         stage.after = None
         folder = tmp_path / name / "sft"
-        original = run.default_callbacks
-        if evaluation:
-            monkeypatch.setattr(run, "default_callbacks", lambda s, f, o=original: [Evaluator(s, f), *o(s, f)])
         assert run.train_stage(None, stage, tmp_path / name) == 0  # type: ignore[arg-type]
-        monkeypatch.undo()
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [record["losses"] for record in records]
         if evaluation:
