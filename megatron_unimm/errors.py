@@ -1,7 +1,9 @@
 """Errors that are addressed to the person who runs the program.
 
-Everything a user can cause (a wrong key, a missing file, a layout that does not divide) is a :class:`UserError`. The command line
-prints it as one line, ``error: where: what, and what to do``, and exits with code 2. Mistakes of our own stay ``assert``.
+Everything a user can cause (a wrong key, a missing file, a layout that does not divide) is a :class:`UserError`. The
+command line
+prints it as one line, ``error: where: what, and what to do``, and exits with code 2. Mistakes of our own stay
+``assert``.
 """
 
 
@@ -9,7 +11,8 @@ class UserError(ValueError):
     """Something the user can mend.
 
     Args:
-        where: the field, file (with line number) or tensor that is wrong, e.g. ``parallel.tensor`` or ``data.jsonl:17``.
+        where: the field, file (with line number) or tensor that is wrong, e.g. ``parallel.tensor`` or
+            ``data.jsonl:17``.
         what: what is wrong, with both numbers, and what to change.
     """
 

@@ -5,9 +5,9 @@ made a picture.
 
     python tools/build_tiny_models.py --to tools/base_models/shapes_vlm
 
-Two stages. The vision encoder first learns to name, under every point of a 16 x 16 grid, the object there (a linear
-layer on its merged features, thrown away later): a cheap start that makes the features say colour, shape, size and
-place. Then all weights learn conversations, with that first loss kept at a small weight.
+Two stages. The vision encoder first learns to tell what each visual token shows and where (by a linear layer on its
+merged features, thrown away later): a cheap start that makes the features say colour, shape, size and place. Then all
+weights learn conversations, with that first loss kept at a small weight.
 
 Legend  B samples, L tokens, N images, P patches of an image (64), V visual tokens of an image (16), H hidden size.
 With --steps the result depends on the seed, the number of threads and the versions of the libraries only; --minutes
@@ -41,7 +41,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention, apply_rotary_pos_emb_vision
 
-from megatron_unimm.data.shapes import COLOURS, SHAPES, Scene, heldout_questions, make_conversation, render_array
+from megatron_unimm.data.shapes import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    ShapeObject,
+    heldout_questions,
+    make_conversation,
+    render_array,
+)
 from megatron_unimm.data.shapes.conversations import generator
 from megatron_unimm.data.shapes.prompts import prompt_scene, sample_prompt
 from megatron_unimm.data.shapes.scene import CANVAS, SIZES
@@ -215,28 +223,52 @@ def to_patches(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames).reshape(len(images) * GRID * GRID, -1))
 
 
-POINTS = 4
+POINTS = 2
 """Points along each side of a visual token whose object the vision encoder names."""
-POINT_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
-"""Classes of a point: colour, shape and size of the object whose box holds it; 0 is background."""
+BINS = 16
+"""Steps of an object's coordinates that the vision encoder tells apart."""
+_LOOK = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
+VISUAL_CLASSES = (*_LOOK * POINTS**2, *_LOOK, BINS + 1, BINS + 1, 2, GRID // MERGE, GRID // MERGE)
+"""What the vision encoder tells about a visual token, as numbers of classes: colour, shape and size under each of its
+points; those of its main object (the one that covers it most) and where along x and y the middle of that object is;
+whether that middle is inside the token; the token's own row and column. 0 is background."""
 
 
-def point_classes(scenes: list[Scene]) -> Tensor:
-    """Classes of all points, visual token by visual token; int64 [N, V, POINTS * POINTS, 3]."""
-    side = POINTS * GRID // MERGE
-    centres = (np.arange(side) + 0.5) / side
-    names = tuple(COLOURS), SHAPES, tuple(SIZES)
-    classes = np.zeros((len(scenes), side, side, 3), dtype=np.int64)
-    for number, scene in enumerate(scenes):
-        for item in scene.objects:
-            rows, columns = abs(centres - item.y) < item.extent, abs(centres - item.x) < item.extent
-            values = [
-                known.index(own) + 1 for known, own in zip(names, (item.colour, item.shape, item.size), strict=True)
-            ]
-            classes[number][np.ix_(rows, columns)] = values
-    blocks = side // POINTS
-    split = classes.reshape(len(scenes), blocks, POINTS, blocks, POINTS, 3).transpose(0, 1, 3, 2, 4, 5)
-    return torch.from_numpy(np.ascontiguousarray(split).reshape(len(scenes), blocks * blocks, POINTS * POINTS, 3))
+def _look(item: ShapeObject) -> tuple[int, int, int]:
+    """Classes of colour, shape and size."""
+    return tuple(COLOURS).index(item.colour) + 1, SHAPES.index(item.shape) + 1, tuple(SIZES).index(item.size) + 1
+
+
+def _shares(middle: float, extent: float, pieces: int) -> np.ndarray:
+    """How much of each of `pieces` equal pieces of [0, 1] the interval middle +- extent covers; float [pieces]."""
+    starts = np.arange(pieces) / pieces
+    return (
+        np.clip(np.minimum(starts + 1 / pieces, middle + extent) - np.maximum(starts, middle - extent), 0, None)
+        * pieces
+    )
+
+
+def _scene_classes(scene: Scene) -> np.ndarray:
+    """Classes of one scene's visual tokens; int64 [rows, columns, classes]."""
+    side = GRID // MERGE
+    points = np.zeros((side * POINTS, side * POINTS, 3), dtype=np.int64)
+    main = np.zeros((side, side, 6), dtype=np.int64)
+    most = np.full((side, side), 0.05)
+    for item in scene.objects:
+        rows, columns = (_shares(middle, item.extent, side * POINTS) > 0.5 for middle in (item.y, item.x))
+        points[np.ix_(rows, columns)] = _look(item)
+        share = _shares(item.y, item.extent, side)[:, None] * _shares(item.x, item.extent, side)[None, :]
+        main[share > most] = (*_look(item), int(item.x * BINS) + 1, int(item.y * BINS) + 1, 0)
+        main[int(item.y * side), int(item.x * side), 5] = 1
+        most = np.maximum(most, share)
+    inside = points.reshape(side, POINTS, side, POINTS, 3).transpose(0, 2, 1, 3, 4).reshape(side, side, -1)
+    place = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
+    return np.concatenate([inside, main, place], axis=-1)
+
+
+def visual_classes(scenes: list[Scene]) -> Tensor:
+    """Classes of all visual tokens, in the order of the merged features; int64 [N * V, classes]."""
+    return torch.from_numpy(np.stack([_scene_classes(scene) for scene in scenes])).flatten(0, 2)
 
 
 def positions(ids: list[int], image_token: int) -> np.ndarray:
@@ -374,15 +406,16 @@ def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, featu
     return model.lm_head(hidden[chosen]), batch.labels[chosen]
 
 
-def point_loss(head: nn.Linear, features: Tensor, scenes: list[Scene]) -> Tensor:
-    """Mean cross entropy of colour, shape and size under every point."""
-    classes = point_classes(scenes).flatten(0, 1)  # [N * V, POINTS ** 2, 3]
-    logits = head(features).unflatten(-1, (POINTS**2, sum(POINT_CLASSES))).split(POINT_CLASSES, -1)
-    parts = [
-        nn.functional.cross_entropy(part.flatten(0, 1).float(), classes[..., k].flatten())
-        for k, part in enumerate(logits)
-    ]
-    return torch.stack(parts).sum()
+HEAD_SCALE = 8.0
+"""The features are multiplied by this before they are read, so that they stay about as small as they start. Otherwise
+they grow a hundred times larger than the embeddings of words, and the language model hardly changes them."""
+
+
+def visual_loss(head: nn.Linear, features: Tensor, scenes: list[Scene]) -> Tensor:
+    """Mean cross entropy of what the features tell about their tokens."""
+    classes = visual_classes(scenes)
+    parts = head(HEAD_SCALE * features).float().split(VISUAL_CLASSES, -1)
+    return torch.stack([nn.functional.cross_entropy(p, classes[:, k]) for k, p in enumerate(parts)]).mean()
 
 
 def schedule(done: float, warmup: float = 0.04) -> float:
@@ -556,20 +589,20 @@ def main(arguments: list[str]) -> int:
     model.set_attn_implementation(ATTENTION)
     for block in model.model.visual.blocks:
         block.attn.forward = MethodType(batched_attention, block.attn)
-    head = nn.Linear(256, POINTS**2 * sum(POINT_CLASSES))
+    head = nn.Linear(256, sum(VISUAL_CLASSES))
     encode = DialogueEncoder(tokenizer)
 
     def make(samples: list[Encoded]) -> Batch:
         return collate(samples, ids["<|endoftext|>"], ids["<|image_pad|>"])
 
     def vision_losses(batch: Batch) -> dict[str, Tensor]:
-        return {"points": point_loss(head, visual_features(model, batch), batch.scenes)}
+        return {"vision": visual_loss(head, visual_features(model, batch), batch.scenes)}
 
     def all_losses(batch: Batch) -> dict[str, Tensor]:
         features = visual_features(model, batch)
         logits, labels = answer_logits(model, batch, features)
         answers = nn.functional.cross_entropy(logits.float(), labels)
-        return {"answers": answers, "points": 0.1 * point_loss(head, features, batch.scenes)}
+        return {"answers": answers, "vision": 0.3 * visual_loss(head, features, batch.scenes)}
 
     vision = make_optimizer([model.model.visual, head], 2e-3)
     train(

@@ -37,7 +37,8 @@ class Sample:
 class TokenizedSample:
     """A sample as the model sees it, alone.
 
-    An image stands as ``vision_start, V_i x image_pad, vision_end``. An image of an assistant turn is a target: the hidden states at
+    An image stands as ``vision_start, V_i x image_pad, vision_end``. An image of an assistant turn is a target: the
+    hidden states at
     vision_start and at its visual tokens but the last predict its visual tokens 1..V_i.
     """
 
@@ -70,7 +71,8 @@ class TokenizedSample:
 class PackedRow:
     """Samples one after another in a row of fixed length; one micro-batch.
 
-    The fields of TokenizedSample, concatenated and shifted. The tail that no sample fills is a segment of its own (pad tokens, no
+    The fields of TokenizedSample, concatenated and shifted. The tail that no sample fills is a segment of its own
+    (pad tokens, no
     labels, positions counting up from 0), so that nothing attends across segments.
     """
 

@@ -64,16 +64,11 @@ class ParallelGroups:
     def alone(self) -> ProcessGroupCollection:
         """The same groups for a module that sits whole on one pipeline stage and sees the whole row: no pipeline, no
         context parallel."""
-        single = _single_rank_group()
+        single = _SINGLES.group()
         names = ("tp", "ep", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "mp")
         return ProcessGroupCollection(
             pp=None, cp=single, tp_cp=self.collection.tp, **{n: getattr(self.collection, n) for n in names}
         )
-
-
-def _single_rank_group() -> dist.ProcessGroup:
-    """A group of this rank alone: the pipeline or context group where that size is one, else a cached one."""
-    return parallel_state.get_pipeline_model_parallel_group() if dist.get_world_size() == 1 else _SINGLES.group()
 
 
 class _Singles:
@@ -85,7 +80,7 @@ class _Singles:
     def create(self) -> None:
         for rank in range(dist.get_world_size()):
             group = dist.new_group([rank])
-            if rank == dist.get_rank():
+            if isinstance(group, dist.ProcessGroup):  # the others get a placeholder
                 self._group = group
 
     def group(self) -> dist.ProcessGroup:
@@ -128,6 +123,7 @@ def initialize_groups(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     host = dist.new_group(backend=host_backend, timeout=timedelta(minutes=timeout_minutes))
+    assert isinstance(host, dist.ProcessGroup)
     return ParallelGroups(config, ProcessGroupCollection.use_mpu_process_groups(), host)
 
 

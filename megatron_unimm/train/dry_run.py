@@ -1,4 +1,5 @@
-"""``unimm train --dry-run``: build one rank's model of a recipe without memory, peers or data, and say what it would hold."""
+"""``unimm train --dry-run``: build one rank's model of a recipe without memory, peers or data, and say what it would
+hold."""
 
 import json
 import os
@@ -30,7 +31,8 @@ def smallest_world(stage: StageConfig) -> int:
 
 
 def dry_run_stage(stage: StageConfig, rank: int = 0) -> int:
-    """Check the layout for ``WORLD_SIZE`` ranks (or one replica), build ``rank``'s model on meta tensors, print its sizes.
+    """Check the layout for ``WORLD_SIZE`` ranks (or one replica), build ``rank``'s model on meta tensors, print its
+    sizes.
 
     Returns:
         0, the exit code.

@@ -146,12 +146,13 @@ class Loop:
         seconds = time.perf_counter() - window.started
         # Each data-parallel rank has its own rows; the others repeat them.
         counts = torch.tensor(
-            [window.tokens, window.positions, window.images, window.samples, window.flops],
+            [window.tokens, window.positions, window.images, window.samples, window.broken_images, window.flops],
             dtype=torch.float64,
             device=self.platform.device,
         )
         dist.all_reduce(counts, group=self.groups.collection.dp)
-        tokens, positions, images, samples, flops = counts.tolist()
+        tokens, positions, images, samples, broken, flops = counts.tolist()
+        self.totals.add_broken_images(int(broken))
         model_tflops = flops / seconds / self.groups.world_size / 1e12
         multipliers = sorted({rule.learning_rate_multiplier for rule in self.stage.train.trainable if rule.train})
         skipped = int(self.train_step.guard.skipped.item())

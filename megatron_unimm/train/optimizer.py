@@ -76,9 +76,11 @@ def build_optimizer(
     overrides = {_no_decay(): {"wd_mult": 0.0}}
     for multiplier in sorted({rule.learning_rate_multiplier for rule in stage.train.trainable if rule.train}):
         overrides[_with_multiplier(multiplier, stage)] = {"lr_mult": multiplier}
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config, chunks, overrides, use_gloo_process_groups=False, pg_collection=groups.collection
     )
+    assert isinstance(optimizer, ChainedOptimizer)
+    return optimizer
 
 
 def _use_adam() -> None:

@@ -71,6 +71,7 @@ class Window:
     positions: int = 0
     images: int = 0
     samples: int = 0
+    broken_images: int = 0
     flops: float = 0.0
     """Of this rank's rows, shared by all ranks that hold a part of them."""
     started: float = 0.0
@@ -82,7 +83,7 @@ class Window:
         self.losses = torch.zeros(self.num_terms, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
-        self.steps = self.tokens = self.positions = self.images = self.samples = 0
+        self.steps = self.tokens = self.positions = self.images = self.samples = self.broken_images = 0
         self.flops = 0.0
         self.started = time.perf_counter()
 
@@ -94,6 +95,7 @@ class Window:
         self.skipped += result.skip
         self.last = result
         self.steps += 1
+        self.broken_images += len(batch.voided)
         for row in batch.rows:
             self.tokens += len(row.input_ids) - row.num_padding
             self.positions += len(row.input_ids)
@@ -112,8 +114,11 @@ class Totals:
     def add(self, batch: StepBatch) -> None:
         self.draws.update(batch.counts)
         self.faults.update(batch.faults)
-        if batch.voided:
-            self.faults["broken image"] += len(batch.voided)
+
+    def add_broken_images(self, count: int) -> None:
+        """Images that turned out broken when decoded, of all ranks; each rank finds only those of its own rows."""
+        if count:
+            self.faults["broken image"] += count
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         return {"draws": dict(self.draws), "faults": dict(self.faults)}

@@ -44,10 +44,10 @@ def heldout_questions(count: int, seed: int = 0) -> list[SceneQuestion]:
     found = []
     for index in range(count):
         rng = generator(seed, index, _QUESTIONS)
-        question = None
-        while question is None:
+        kind = QUESTION_TYPES[index % len(QUESTION_TYPES)]
+        scene = free_scene(rng, "heldout")
+        while (question := ask(scene, rng, kind, "heldout")) is None:
             scene = free_scene(rng, "heldout")
-            question = ask(scene, rng, QUESTION_TYPES[index % len(QUESTION_TYPES)], "heldout")
         found.append(SceneQuestion(scene, question))
     return found
 

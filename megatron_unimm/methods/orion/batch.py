@@ -34,7 +34,7 @@ class Sight:
     """Images for the first stage."""
 
     frozen: VisionInput | None
-    """All images of the row, for the frozen tower; None when there are none."""
+    """All images of the row, for the frozen tower; None when it has nothing to do."""
     trained: VisionInput | None
     """Images that are read, for a trainable tower; a blank one when there are none, so that every rank's tower runs;
     None if the tower is frozen."""
@@ -104,7 +104,11 @@ def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device,
         if not len(grids):
             patches, grids = _blank(model)
         trained = VisionInput.build(patches, grids, model.vision_encoder, device, dtype)
-    frozen = VisionInput.build(row.patches, row.grids, model.vision_encoder, device, dtype) if len(row.grids) else None
+    # With a tower that trains, the frozen one serves targets and teacher, and is needed only where something is
+    # generated.
+    frozen = None
+    if len(row.grids) and (not role.vision_encoder_trains or len(row.predict_index)):
+        frozen = VisionInput.build(row.patches, row.grids, model.vision_encoder, device, dtype)
     return Sight(frozen, trained, _tensor(rows, device), _tensor(row.visual_index, device))
 
 

@@ -18,7 +18,8 @@ from megatron_unimm.parallel.platform import Platform
 class Orion:
     """ORION for one stage: see ``methods/interface.py`` for the contract."""
 
-    terms = TERMS
+    terms: tuple[str, ...] = TERMS
+    weights: tuple[float, ...]
 
     def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
         self.stage = stage

@@ -89,6 +89,8 @@ class OrionModel(MegatronModule):
             self.vision_encoder = tower()
         self.backbone = decoder()
         if self.post_process:
+            # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
+            torch.manual_seed(stage.train.seed)
             self.vision_head = build_vision_head(stage.method.vision_head, _head_config(config), groups.collection)
         self.base = torch.nn.Module()
         self.has_teacher = with_base and self.weights.kl > 0
@@ -187,17 +189,18 @@ class OrionModel(MegatronModule):
 
     def _seen_features(self, sight: Sight, frozen: Tensor | None) -> Tensor | None:
         """What the student sees: images that are read through its own tower, images to be generated as their
-        regression targets."""
+        targets."""
         if sight.trained is None:
             return frozen
         trained = self.vision_encoder(sight.trained)
-        if frozen is None or not len(sight.trained_rows):
+        if not len(sight.trained_rows):
             # A blank image keeps every rank's tower in the step; it counts for nothing.
             nothing = trained.sum() * 0
             return nothing if frozen is None else frozen + nothing
-        return frozen.index_copy(0, sight.trained_rows, trained)
+        return trained if frozen is None else frozen.index_copy(0, sight.trained_rows, trained)
 
     def _embed(self, backbone: Backbone, visual_VH: Tensor | None, batch: OrionBatch) -> Tensor:
+        assert batch.sight is not None
         hidden = backbone.embed(batch.input_ids)  # [T, 1, H]
         if visual_VH is not None and visual_VH.dim() == 0:
             hidden = hidden + visual_VH
@@ -250,6 +253,7 @@ class OrionModel(MegatronModule):
             if features is None:
                 with torch.no_grad():
                     features = self.base.vision_encoder(targets.images)
+            assert features is not None
             predicted = self.vision_head(hidden_vision)  # [n_vision, H]
             mse = losses.image_generation_loss(predicted, features.index_select(0, targets.feature_rows))
             if teacher is not None:

@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_unimm.config.model import BackboneConfig
@@ -59,11 +61,11 @@ class Backbone(LanguageModule):
                 tp_group=groups.tp,
             )
         num_layers = get_num_layers_to_build(config, virtual_stage, groups.pp.rank())
-        experts = model.moe.num_experts if model.moe is not None else None
-        spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
+        first = get_transformer_layer_offset(config, virtual_stage, groups.pp.rank())
+        layers = [_layer(model, backend, first + number) for number in range(num_layers)]
         self.decoder = TransformerBlock(
             config,
-            block_spec(backend, [spec] * num_layers),
+            block_spec(backend, layers),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
@@ -115,6 +117,14 @@ class Backbone(LanguageModule):
         vocabulary."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_nH, weight=weight)[0]
+
+
+def _layer(model: BackboneConfig, backend: str, number: int) -> ModuleSpec:
+    """Layer ``number`` (0 first): a mixture of experts in every ``layer_frequency``-th, as Megatron-Core counts
+    them."""
+    has_experts = model.moe is not None and number % model.moe.layer_frequency == 0
+    experts = model.moe.num_experts if model.moe is not None and has_experts else None
+    return layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
 
 
 def _whole_sequence(config: TransformerConfig) -> TransformerConfig:
