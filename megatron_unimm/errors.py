@@ -1,9 +1,8 @@
 """Errors that are addressed to the person who runs the program.
 
 Everything a user can cause (a wrong key, a missing file, a layout that does not divide) is a :class:`UserError`. The
-command line
-prints it as one line, ``error: where: what, and what to do``, and exits with code 2. Mistakes of our own stay
-``assert``.
+command line prints it as one line, ``error: where: what, and what to do``, and exits with code 2. Mistakes of our own
+stay ``assert``.
 """
 
 

@@ -4,9 +4,8 @@
     python tools/ablate_orion.py --run-dir runs/ablation
 
 Each row is trained by ``unimm train`` through warm-up and pretrain and scored as in the quickstart, with the same
-data, seed and number of pretrain
-steps. The paper's 5M and 20M warm-up pairs become ``--warm-up-steps`` / 4 and ``--warm-up-steps``. Rows already
-trained are not trained again.
+data, seed and number of pretrain steps. The paper's 5M and 20M warm-up pairs become ``--warm-up-steps`` / 4 and
+``--warm-up-steps``. Rows already trained are not trained again.
 """
 
 import argparse

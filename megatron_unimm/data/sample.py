@@ -38,8 +38,7 @@ class TokenizedSample:
     """A sample as the model sees it, alone.
 
     An image stands as ``vision_start, V_i x image_pad, vision_end``. An image of an assistant turn is a target: the
-    hidden states at
-    vision_start and at its visual tokens but the last predict its visual tokens 1..V_i.
+    hidden states at vision_start and at its visual tokens but the last predict its visual tokens 1..V_i.
     """
 
     id: str
@@ -72,8 +71,7 @@ class PackedRow:
     """Samples one after another in a row of fixed length; one micro-batch.
 
     The fields of TokenizedSample, concatenated and shifted. The tail that no sample fills is a segment of its own
-    (pad tokens, no
-    labels, positions counting up from 0), so that nothing attends across segments.
+    (pad tokens, no labels, positions counting up from 0), so that nothing attends across segments.
     """
 
     input_ids: np.ndarray

@@ -1,8 +1,7 @@
 """Whether the visual tokens that a model generates for a held-out caption are those of the right picture.
 
 For each caption the generated sequence is compared with the frozen vision encoder's features of 64 pictures, one of
-which is the
-caption's; the nearest one is the model's answer. Chance is 1 / 64.
+which is the caption's; the nearest one is the model's answer. Chance is 1 / 64.
 
 Legend  M captions, C = 64 candidates, F = V H numbers of a flattened sequence of visual tokens.
 """

@@ -55,9 +55,8 @@ class QFormerVisionHead(MegatronModule):
     (appendix A.4).
 
     The paper gives no more than "stacked self-attention layers" and "a single query token"; the two-token sequence,
-    pre-norm layers and an MLP of
-    twice the width (which brings its size near the MLP head's at two layers) are our reading. Computed whole on
-    every tensor-parallel rank.
+    pre-norm layers and an MLP of twice the width (which brings its size near the MLP head's at two layers) are our
+    reading. Computed whole on every tensor-parallel rank.
     """
 
     def __init__(self, model: VisionHeadConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:

@@ -21,8 +21,8 @@ def mrope_angles(position_ids: Tensor, head_size: int, theta: float, sections: l
         position_ids: int ``[3, T]``, time, height, width.
         sections: how many of the head_size / 2 frequencies belong to each axis.
         interleaved: False: the first ``sections[0]`` frequencies are time's, and so on (Qwen2.5-VL). True:
-            frequencies cycle through time, height,
-            width until height's and width's share is used up; the rest is time's (Qwen3-VL).
+            frequencies cycle through time, height, width until height's and width's share is used up; the rest is
+            time's (Qwen3-VL).
 
     Returns:
         float32 ``[T, head_size / 2]``.

@@ -21,7 +21,6 @@ def with_zero_gradient(output: Tensor, anchor: Tensor) -> Tensor:
     """``output``, with a zero gradient for ``anchor`` in the backward pass.
 
     A stage behind which everything is frozen computes no gradient for its input, but Megatron-Core's schedule sends
-    one to the stage before,
-    which waits for it. This link makes it zeros, at the cost of one fill.
+    one to the stage before, which waits for it. This link makes it zeros, at the cost of one fill.
     """
     return _ZeroGradientLink.apply(output, anchor)

@@ -2,8 +2,7 @@
 there is none.
 
 Megatron-Core writes ``torch.cuda.…`` and ``device="cuda"`` literally in schedules, optimizers and MoE code. On a
-machine without a GPU each of
-those is pointed at the CPU here. On a machine with a GPU this file does nothing.
+machine without a GPU each of those is pointed at the CPU here. On a machine with a GPU this file does nothing.
 """
 
 import contextlib

@@ -2,10 +2,9 @@
 host synchronisation.
 
 How a loss is normalised. Term k has sum S_k,m over micro-batch m (of any rank) and count N_k over the whole global
-batch. The step minimises
-Σ_k w_k (Σ_m S_k,m) / N_k. Each micro-batch contributes Σ_k w_k S_k,m / N_k, gradients are summed over micro-batches
-by autograd and over
-data- and context-parallel ranks by the wrapper (sum, not mean). Nothing else divides.
+batch. The step minimises Σ_k w_k (Σ_m S_k,m) / N_k. Each micro-batch contributes Σ_k w_k S_k,m / N_k, gradients are
+summed over micro-batches by autograd and over data- and context-parallel ranks by the wrapper (sum, not mean).
+Nothing else divides.
 """
 
 from collections.abc import Iterator, Sequence

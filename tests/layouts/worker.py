@@ -4,9 +4,8 @@ Started by torchrun.
 usage: worker.py '[{"folder": …, "name": …, "overrides": […]}, …]'
 
 A task named init writes FOLDER/base and FOLDER/start, two random checkpoints, from one rank. Any other name writes
-FOLDER/NAME.json (losses,
-gradient norms) and FOLDER/NAME (gradients of the first step). One start serves many layouts, since importing takes
-longer than training.
+FOLDER/NAME.json (losses, gradient norms) and FOLDER/NAME (gradients of the first step). One start serves many
+layouts, since importing takes longer than training.
 """
 
 import json
@@ -104,8 +103,7 @@ def gradient_state(wrapped: list[DistributedDataParallel], groups: ParallelGroup
     """The checkpoint's view of the model with each parameter's gradient in its place.
 
     The update clips gradients inside the optimizer's kernel, so the buffers still hold what was reduced; each
-    data-parallel rank holds its
-    shard of it, which is put together here.
+    data-parallel rank holds its shard of it, which is put together here.
     """
     for chunk in wrapped:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:

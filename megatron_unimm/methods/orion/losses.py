@@ -1,9 +1,8 @@
 """The objective of ORION, eq. 1-4.
 
 Every term is a sum over positions; counts are summed over micro-batches and ranks, and each term is divided by its
-own count once per step
-(``train/step.py``). N_text and N_vision of the paper are therefore those of the whole global batch, however it is
-packed or spread.
+own count once per step (``train/step.py``). N_text and N_vision of the paper are therefore those of the whole global
+batch, however it is packed or spread.
 """
 
 import torch
@@ -29,8 +28,7 @@ def image_generation_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Eq. 2, the sum: Σ_j ‖f(h_j) − v_{j+1}‖² over the positions whose next token is visual.
 
     The paper writes a squared norm and calls it mean squared error; as in its ancestor Nexus-Gen the square is
-    averaged over the H coordinates of a
-    token, so that λ_MSE = 1 does not depend on the width.
+    averaged over the H coordinates of a token, so that λ_MSE = 1 does not depend on the width.
 
     Args:
         predicted, target: ``[n, H]``; the target is detached.

@@ -42,10 +42,8 @@ class OrionModel(MegatronModule):
         vision_encoder: the student's tower (first stage). backbone: the student's decoder layers. vision_head: f of
             eq. 2 (last stage).
         base: the frozen base model, never saved and never trained: ``base.backbone`` is the teacher of eq. 3 (every
-            stage, only with a KL weight);
-            ``base.vision_encoder`` makes the visual tokens that are regressed, on the first stage where the
-            student's tower trains, and on the
-            last stage of a pipeline.
+            stage, only with a KL weight); ``base.vision_encoder`` makes the visual tokens that are regressed, on the
+            first stage where the student's tower trains, and on the last stage of a pipeline.
     """
 
     def __init__(
@@ -160,7 +158,6 @@ class OrionModel(MegatronModule):
         return output if self.pre_process else with_zero_gradient(output, self.input_tensor)
 
     # -- first stage
-    # ----------------------------------------------------------------------------------------------------------------
 
     def _enter(self, batch: OrionBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Token embeddings with visual tokens among them, for student and teacher, and the frozen tower's features
@@ -211,7 +208,6 @@ class OrionModel(MegatronModule):
         return backbone.scatter(hidden)  # [t, 1, H]
 
     # -- every stage
-    # ----------------------------------------------------------------------------------------------------------------
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.has_teacher:
@@ -233,7 +229,6 @@ class OrionModel(MegatronModule):
             return self.base.backbone(hidden, batch.context)
 
     # -- last stage
-    # ----------------------------------------------------------------------------------------------------------------
 
     def _losses(self, student: Tensor, teacher: Tensor | None, features: Tensor | None, batch: OrionBatch) -> Tensor:
         """Eq. 1-3, the sums over this rank's positions."""
@@ -267,7 +262,6 @@ class OrionModel(MegatronModule):
         return losses.stack_terms(ce, mse, kl)
 
     # -- generation: the contract of generate/staged.py
-    # -----------------------------------------------------------------
 
     def see(self, images: VisionInput) -> Tensor:
         """Visual tokens ``[V, H]`` of images that are read, through the student's tower (first stage)."""

@@ -2,8 +2,7 @@
 per micro-batch.
 
 Patches come in the order of the Qwen processors: image by image, and inside an image merge unit by merge unit (a
-unit is the
-``spatial_merge_size``² patches that become one visual token), units row by row.
+unit is the ``spatial_merge_size``² patches that become one visual token), units row by row.
 """
 
 from dataclasses import dataclass
