@@ -26,9 +26,8 @@ install_torch() {
     if command -v nvidia-smi >/dev/null; then
         python -m pip install --quiet "${index[@]}" "torch>=2.6"
     else
-        # One version for all machines without a GPU, so that test results compare. Our CI's package index serves the CPU build
-        # under this name. PyPI serves for Linux a build with CUDA, which also runs on CPU but is some GB larger; avoid it with
-        # UNIMM_TORCH_INDEX=https://download.pytorch.org/whl/cpu.
+        # One version for all machines without a GPU, so that test results compare. PyPI serves for Linux a build with CUDA,
+        # which also runs on CPU but is some GB larger; UNIMM_TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids it.
         python -m pip install --quiet "${index[@]}" "torch==2.13.0"
     fi
 }

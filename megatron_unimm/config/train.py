@@ -10,6 +10,8 @@ from megatron_unimm.config.base import Section
 class OptimizerConfig(Section):
     """AdamW. The defaults are ORION's Table 1."""
 
+    implementation: Literal["torch", "transformer_engine", "apex"] = "torch"
+    """Whose fused kernel: torch's clips and skips on the device; the others' FusedAdam costs one host read per step."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     epsilon: float = Field(default=1e-15, gt=0)

@@ -1,5 +1,6 @@
 """Megatron-Core's distributed optimizer, with our learning-rate table, and gradient norms that stay on the device."""
 
+import importlib
 from dataclasses import dataclass
 
 import megatron.core.optimizer as megatron_optimizer
@@ -20,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from torch import Tensor
 
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.errors import ConfigError
 from megatron_unimm.models.trainable import matching_rule
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.train.adam import FusedAdamW
@@ -59,7 +61,7 @@ def build_optimizer(
     Megatron-Core tells groups apart after a resume by ``lr_mult`` and ``wd_mult``; these are all that ours differ in.
     """
     settings = stage.train.optimizer
-    _use_adam()
+    _use_adam(settings.implementation)
     config = OptimizerConfig(
         optimizer="adam",
         lr=stage.train.schedule.max_learning_rate,
@@ -83,13 +85,33 @@ def build_optimizer(
     return optimizer
 
 
-def _use_adam() -> None:
-    """Put our Adam where Megatron-Core looks for Apex's; its own torch fallback can be neither saved nor loaded."""
-    megatron_optimizer.Adam = FusedAdamW
+def _use_adam(implementation: str) -> None:
+    """Put the wanted Adam where Megatron-Core looks for Apex's.
+
+    Its own torch fallback can be neither saved nor loaded, and it takes Transformer Engine's where that is installed.
+
+    Raises:
+        ConfigError: the package of that Adam is not installed.
+    """
+    adam = _adam_class(implementation)
+    for module in (megatron_optimizer, distrib_optimizer):
+        module.Adam = adam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = FusedAdamW
     distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = implementation == "transformer_engine"
+    distrib_optimizer.USING_APEX_OPTIMIZER = implementation != "transformer_engine"
+
+
+def _adam_class(implementation: str) -> type[torch.optim.Optimizer]:
+    if implementation == "torch":
+        return FusedAdamW
+    module = "transformer_engine.pytorch.optimizers" if implementation == "transformer_engine" else "apex.optimizers"
+    try:
+        return importlib.import_module(module).FusedAdam
+    except ImportError as error:
+        raise ConfigError(
+            "train.optimizer.implementation", f"{implementation} is not installed ({error}); install it or use torch"
+        ) from error
 
 
 def _no_decay() -> ParamKey:

@@ -113,13 +113,23 @@ class TrainStep:
         skip = self.guard.judge(norms.total)
         self.worst = torch.where(skip.bool(), norms.per_tensor, self.worst)
         set_learning_rate(self.optimizer, learning_rate, self.stage.train.optimizer.weight_decay)
-        clip = (norms.total / self.stage.train.optimizer.clip_norm).clamp(min=1.0)
-        for part in self.optimizer.chained_optimizers:
-            if isinstance(part.optimizer, FusedAdamW):
-                part.optimizer.grad_scale = torch.nan_to_num(clip, nan=1.0, posinf=1.0)
-                part.optimizer.found_inf = skip
-        self.optimizer.step_with_ready_grads()
+        self._update((norms.total / self.stage.train.optimizer.clip_norm).clamp(min=1.0), skip)
         return StepResult(losses, norms.total, norms.per_module, skip)
+
+    def _update(self, divisor: Tensor, skip: Tensor) -> None:
+        """Divide gradients by ``divisor`` (clipping) and apply them, unless ``skip`` is 1. Both are device tensors."""
+        parts = [part.optimizer for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer]
+        if all(isinstance(part, FusedAdamW) for part in parts):
+            for part in parts:
+                part.grad_scale = torch.nan_to_num(divisor, nan=1.0, posinf=1.0)
+                part.found_inf = skip
+        elif bool(skip.item()):  # Other kernels cannot leave a step out by themselves.
+            return
+        else:
+            for part in parts:
+                gradients = [p.grad for group in part.param_groups for p in group["params"] if p.grad is not None]
+                torch._foreach_div_(gradients, divisor)
+        self.optimizer.step_with_ready_grads()
 
     def _iterators(self, rows: Sequence[PackedRow]) -> list[Iterator[Any]]:
         device = self.platform.device

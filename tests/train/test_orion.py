@@ -1,6 +1,10 @@
 """ORION's forward pass and objective against transformers and against itself: packed or not, recomputed or not."""
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,3 +234,30 @@ def test_terms_equal_transformers(transformers_pair: Path, repo: Path, world: Wo
     counts = torch.tensor(step.method.counts(rows_of(samples, stage, packing=True)), dtype=torch.float32)
     found = step.forward_backward(rows_of(samples, stage, packing=True)) * counts
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+class ApexLike(torch.optim.AdamW):
+    """An Adam with the arguments of Apex's, that knows neither clipping nor skipping."""
+
+    def __init__(self, params: Iterable, adam_w_mode: bool, **settings: Any) -> None:
+        assert adam_w_mode
+        super().__init__(params, **settings)
+
+
+def test_another_fused_adam_gives_the_same(repo: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped steps and a skipped one, with the kernel of another package."""
+    monkeypatch.setitem(sys.modules, "apex.optimizers", SimpleNamespace(FusedAdam=ApexLike))
+    stages = [small_stage(repo, f"train.optimizer.implementation={name}") for name in ("torch", "apex")]
+    good = rows_of(samples_of(stages[0])[:2], stages[0], packing=True)
+    bad = [PackedRow(**{**vars(row), "patches": np.full_like(row.patches, np.nan)}) for row in good]
+    trained = []
+    for stage in stages:
+        step = train_step(stage, world)
+        results = [step.run(rows, 1e-3) for rows in (good, bad, good)]
+        assert [result.skip.item() for result in results] == [0, 1, 0]
+        assert results[0].gradient_norm > stage.train.optimizer.clip_norm
+        trained.append({name: p.detach().clone() for name, p in step.chunks[0].module.named_parameters()})
+    for name, parameter in trained[0].items():
+        # An Adam with epsilon 1e-15 turns rounding of gradients that are truly zero (biases of keys) into steps.
+        if "linear_qkv.bias" not in name:
+            torch.testing.assert_close(trained[1][name], parameter, rtol=1e-4, atol=2e-5, msg=name)
