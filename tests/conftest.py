@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import megatron_unimm.parallel  # noqa: F401 - before any test imports Megatron-Core, on a machine without a GPU
+
 
 @pytest.fixture(scope="session")
 def repo() -> Path:

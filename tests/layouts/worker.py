@@ -12,6 +12,8 @@ import json
 import sys
 from pathlib import Path
 
+import megatron_unimm.parallel  # noqa: F401 isort: skip - before Megatron-Core, on a machine without a GPU
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
