@@ -91,16 +91,21 @@ def test_scores_while_training(tiny: Path, tmp_path: Path) -> None:
         "train.logging.every_steps=1",
         "train.logging.tensorboard=false",
     ]
-    suites = ["train.evaluation.suites=[shapes_qa, shapes_retrieval]", "train.evaluation.every_steps=2"]
+    suites = [
+        "train.evaluation.suites=[shapes_qa, shapes_retrieval]",
+        "train.evaluation.every_steps=2",
+        "train.evaluation.num_samples=6",
+        "train.evaluation.data=''",
+    ]
     losses = {}
-    for name, evaluation in (("with", [*suites, "train.evaluation.num_samples=6"]), ("without", [])):
+    for name, evaluation in (("with", suites), ("without", ["train.evaluation.suites=[]"])):
         stage = stage_config(tiny / "base", *sources, *common, *evaluation)
         stage.after = None
         folder = tmp_path / name / "sft"
         assert run.train_stage(None, stage, tmp_path / name) == 0  # type: ignore[arg-type]
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [record["losses"] for record in records]
-        if evaluation:
+        if name == "with":
             lines = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
             assert [(line["step"], line["suite"]) for line in lines] == [(s, n) for s in (2, 4, 5) for n in SUITES]
             assert [r["step"] for r in records if "evaluation/shapes_qa/accuracy" in r["extra"]] == [2, 4]

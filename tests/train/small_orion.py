@@ -23,6 +23,7 @@ SMALL = (
     "model.backbone.mrope_sections=[2,3,3]",
     "data.sequence_length=128",
     "system.cpu_threads=1",
+    "train.evaluation.suites=[]",
 )
 
 

@@ -31,7 +31,6 @@ SETTINGS = (
     "train.steps=4",
     "train.checkpoint.every_steps=2",
     "train.logging.every_steps=1",
-    "train.evaluation.suites=[]",
 )
 Train = Callable[..., int]
 
