@@ -1,5 +1,6 @@
 """From our small config sections to Megatron-Core's TransformerConfig. The only place that names its fields."""
 
+import copy
 from typing import Any
 
 import torch
@@ -78,6 +79,16 @@ def vision_transformer_config(
         # Never in FP8, whose products need a multiple of 8 rows (128 in blocks) and of 16 columns: an image has any
         # number of patches, and Qwen2.5-VL's MLP is 3420 wide.
     )
+
+
+def whole_sequence(config: TransformerConfig) -> TransformerConfig:
+    """The same configuration for an output layer or a head, which read positions already gathered; they stay out of
+    FP8."""
+    config = copy.copy(config)
+    config.sequence_parallel = False
+    config.tp_comm_overlap = False
+    config.fp8 = None
+    return config
 
 
 def _common(system: SystemConfig, platform: Platform) -> dict[str, Any]:

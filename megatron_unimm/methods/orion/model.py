@@ -20,7 +20,11 @@ from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.decoder import Backbone, merge_visual_tokens
 from megatron_unimm.models.heads import build_vision_head
 from megatron_unimm.models.specs import layers_backend
-from megatron_unimm.models.transformer_config import backbone_transformer_config, vision_transformer_config
+from megatron_unimm.models.transformer_config import (
+    backbone_transformer_config,
+    vision_transformer_config,
+    whole_sequence,
+)
 from megatron_unimm.models.vision.qwen2_5 import Qwen25VisionEncoder, VisionInput
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.pipeline import with_zero_gradient
@@ -89,7 +93,7 @@ class OrionModel(MegatronModule):
         if self.post_process:
             # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
             torch.manual_seed(stage.train.seed)
-            self.vision_head = build_vision_head(stage.method.vision_head, _head_config(config), groups.collection)
+            self.vision_head = build_vision_head(stage.method.vision_head, whole_sequence(config), groups.collection)
         self.base = torch.nn.Module()
         self.has_teacher = with_base and self.weights.kl > 0
         if self.has_teacher:
@@ -288,13 +292,3 @@ class OrionModel(MegatronModule):
     def next_visual(self, hidden_nH: Tensor) -> Tensor:
         """f of eq. 2: the visual tokens ``[n, H]`` that follow (last stage)."""
         return self.vision_head(hidden_nH)
-
-
-def _head_config(config):
-    import copy
-
-    config = copy.copy(config)
-    config.sequence_parallel = False
-    config.fp8 = None
-    config.tp_comm_overlap = False
-    return config

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_unimm.config.model import BackboneConfig
 from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.specs import block_spec, layer_spec
+from megatron_unimm.models.transformer_config import whole_sequence
 
 
 class Backbone(LanguageModule):
@@ -75,7 +76,7 @@ class Backbone(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 model.hidden_size,
                 model.vocab_size,
-                config=_whole_sequence(config),
+                config=whole_sequence(config),
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,
@@ -125,16 +126,6 @@ def _layer(model: BackboneConfig, backend: str, number: int) -> ModuleSpec:
     has_experts = model.moe is not None and number % model.moe.layer_frequency == 0
     experts = model.moe.num_experts if model.moe is not None and has_experts else None
     return layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
-
-
-def _whole_sequence(config: TransformerConfig) -> TransformerConfig:
-    """The same configuration for a layer that reads positions already gathered."""
-    import copy
-
-    config = copy.copy(config)
-    config.sequence_parallel = False
-    config.tp_comm_overlap = False
-    return config
 
 
 def merge_visual_tokens(embeddings_T1H: Tensor, visual_VH: Tensor, visual_index: Tensor) -> Tensor:
