@@ -99,10 +99,10 @@ def model_config(ids: dict[str, int]) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCAB_SIZE,
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
@@ -113,16 +113,16 @@ def model_config(ids: dict[str, int]) -> Qwen2_5_VLConfig:
             "tie_word_embeddings": False,
         },
         vision_config={
-            "depth": 4,
-            "hidden_size": 128,
+            "depth": 3,
+            "hidden_size": 96,
             "num_heads": 4,
-            "intermediate_size": 352,
+            "intermediate_size": 264,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": TEMPORAL,
             "window_size": 32,
-            "fullatt_block_indexes": [1, 3],
-            "out_hidden_size": 256,
+            "fullatt_block_indexes": [0, 2],
+            "out_hidden_size": 128,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -564,11 +564,11 @@ Exact-match accuracy on {count} questions about held-out scenes (`heldout_questi
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the second stage")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the second stage")
     parser.add_argument("--minutes", type=float, help="time of the second stage instead of --steps; not repeatable")
-    parser.add_argument("--vision-steps", type=int, default=800, help="steps of the first stage")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the second stage")
+    parser.add_argument("--vision-steps", type=int, default=600, help="steps of the first stage")
+    parser.add_argument("--batch", type=int, default=32, help="samples of a step")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the second stage")
     parser.add_argument("--save-every", type=int, default=0, help="save and measure every so many steps as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -589,7 +589,7 @@ def main(arguments: list[str]) -> int:
     model.set_attn_implementation(ATTENTION)
     for block in model.model.visual.blocks:
         block.attn.forward = MethodType(batched_attention, block.attn)
-    head = nn.Linear(256, sum(VISUAL_CLASSES))
+    head = nn.Linear(128, sum(VISUAL_CLASSES))
     encode = DialogueEncoder(tokenizer)
 
     def make(samples: list[Encoded]) -> Batch:

@@ -10,12 +10,25 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import ConfigError
 
 MOE = "model.backbone.moe={num_experts: 8, top_k: 2, expert_mlp_size: 96, shared_expert_size: 64}"
+MODEL = (
+    "model.backbone.vocab_size=512",
+    "model.backbone.num_layers=6",
+    "model.backbone.num_heads=8",
+    "model.backbone.num_kv_heads=2",
+    "model.backbone.hidden_size=256",
+    "model.backbone.mlp_size=512",
+    "model.vision_encoder.out_size=256",
+    "model.vision_encoder.num_heads=4",
+    "model.vision_encoder.mlp_size=352",
+    "data.sequence_length=1024",
+)
+"""Sizes that the numbers below divide or do not."""
 FP8 = ("system.precision.fp8={}", "system.precision.dtype=bfloat16")
 
 
 @pytest.fixture
 def shapes(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The Shapes recipe: 6 layers, 8 heads, 2 kv heads, 4 vision heads, sequence length 1024."""
+    """The Shapes recipe, whose sizes ``MODEL`` replaces."""
     monkeypatch.chdir(repo)
     return Path("configs/orion/shapes.yaml")
 
@@ -23,7 +36,7 @@ def shapes(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def stage_with(path: Path, *settings: str) -> StageConfig:
     """The SFT stage; settings without a section are of ``system.parallel``."""
     overrides = [s if "." in s.partition("=")[0] else f"system.parallel.{s}" for s in settings]
-    return load_recipe(path, ["model.backbone.vocab_size=512", *overrides]).stages["sft"]
+    return load_recipe(path, [*MODEL, *overrides]).stages["sft"]
 
 
 @pytest.mark.parametrize(
