@@ -24,6 +24,7 @@ SMALL = (
     "data.sequence_length=128",
     "system.cpu_threads=1",
     "train.evaluation.suites=[]",
+    "stages.sft.train.schedule={max_learning_rate: 1.0e-4, min_learning_rate: 1.0e-5}",
 )
 
 

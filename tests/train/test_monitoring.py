@@ -150,7 +150,7 @@ def test_tensorboard_of_a_run_and_of_its_resume(
     tflops, mfu = curve(events, "speed/model_tflops_per_device"), curve(events, "speed/mfu")
     assert mfu[4] == pytest.approx(tflops[4] / 1e-3)
     assert "num_experts: 4" in texts(events, "config")[0]
-    assert "| `*` | 0.0005 |" in texts(events, "trainable")[0]
+    assert "| `*` | 0.0001 |" in texts(events, "trainable")[0]
     samples = texts(events, "samples")
     assert list(samples) == [1, 2, 4]
     for word in ("**read**", "**drawn**", "prompt", "label", "predicted", "<20 visual tokens>"):
