@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # ORION end to end in the Shapes world, on a machine with nothing but Python 3.11 and a package index: makes its environment,
 # the data and the base checkpoint, trains the paper's three stages on two ranks (tensor and sequence parallel), and prints
-# what came of it. About ten minutes on two CPU cores; needs no GPU and uses those that are there.
+# what came of it. Needs no GPU and uses those that are there.
 #
 #   launchers/quickstart.sh                    into runs/quickstart; started again, it goes on where it was
 #   launchers/quickstart.sh train.steps=20     any recipe setting, for all three stages
 #
 #   RUNS=DIR   where runs go (runs)            DATA=DIR   where the Shapes data go (data/shapes)
-#   BUILD_BASE=1   train the base model anew instead of taking tools/base_models/shapes_vlm (half an hour)
+#   BUILD_BASE=1   train the base model anew instead of taking tools/base_models/shapes_vlm (about an hour)
 # More variables: launchers/setup_env.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

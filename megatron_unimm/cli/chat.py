@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megatron_unimm.cli.options import decoding, layout
+from megatron_unimm.cli.options import decoding, layout, model
 
 if TYPE_CHECKING:
     from megatron_unimm.generate.session import Session
@@ -16,14 +16,7 @@ HELP = "/image FILE attaches an image to what you say next, /reset forgets the c
 
 
 @click.command(epilog="Example: unimm chat --model runs/quickstart")
-@click.option(
-    "--model",
-    "model_dir",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Checkpoint, or the folder of a stage or run: its newest.",
-)
+@model
 @click.option(
     "--to",
     type=click.Path(path_type=Path, file_okay=False),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from megatron_unimm.cli.options import layout
+from megatron_unimm.cli.options import layout, model
 
 
 @click.command(
@@ -17,14 +17,7 @@ Suites:
   shapes_qa         exact match of answers about held-out scenes
   shapes_retrieval  generated visual tokens of held-out captions against 64 pictures"""
 )
-@click.option(
-    "--model",
-    "model_dir",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Checkpoint, or the folder of a stage or run: its newest.",
-)
+@model
 @click.option("--suite", required=True, metavar="NAME", help="What to score, see below.")
 @click.option(
     "--to", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.json", help="Result to write."

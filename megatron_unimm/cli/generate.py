@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from megatron_unimm.cli.options import decoding, layout
+from megatron_unimm.cli.options import decoding, layout, model
 
 if TYPE_CHECKING:
     from megatron_unimm.generate.decode import Answer
@@ -20,14 +20,7 @@ Examples:
   unimm generate --model runs/quickstart --prompt "How many circles are there?" --image scene.png
   torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --tensor 2 --prompt "Who are you?\""""
 )
-@click.option(
-    "--model",
-    "model_dir",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Checkpoint, or the folder of a stage or run: its newest.",
-)
+@model
 @click.option("--prompt", required=True, help="What to say to the model.")
 @click.option(
     "--image",

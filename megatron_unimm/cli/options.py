@@ -1,11 +1,24 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
+
+
+def model(command: Command) -> Command:
+    """Which checkpoint."""
+    return click.option(
+        "--model",
+        "model_dir",
+        required=True,
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Checkpoint, or the folder of a stage or run: its newest.",
+    )(command)
 
 
 def layout(command: Command) -> Command:

@@ -150,11 +150,9 @@ def _check_sequence_length(stage: StageConfig) -> None:
 def _check_system(system: SystemConfig) -> None:
     """Options of the platform that need one another."""
     overlap = system.overlap
-    if overlap.param_gather and not (system.distributed_optimizer and overlap.grad_reduce):
+    if overlap.param_gather and not overlap.grad_reduce:
         raise ConfigError(
-            "system.overlap.param_gather",
-            f"true, but system.distributed_optimizer is {_yes(system.distributed_optimizer)} and "
-            f"system.overlap.grad_reduce is {_yes(overlap.grad_reduce)}; it needs both",
+            "system.overlap.param_gather", "true, but system.overlap.grad_reduce is false; set that to true"
         )
     if overlap.tensor_parallel and not system.parallel.sequence:
         raise ConfigError(
@@ -214,7 +212,3 @@ def _error(axis: str, what: str) -> ConfigError:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _yes(flag: bool) -> str:
-    return str(flag).lower()

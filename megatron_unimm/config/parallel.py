@@ -70,7 +70,6 @@ class SystemConfig(Section):
     overlap: OverlapConfig = OverlapConfig()
     cuda_graph: Literal["none", "local", "transformer_engine"] = "none"
     """mcore's CUDA graphs of the vision head-free decoder layers; fixed shapes only."""
-    distributed_optimizer: bool = True
     cpu_threads: int = Field(default=0, ge=0)
     """Torch threads per rank on CPU; 0 divides the cores by the ranks of the node."""
     timeout_minutes: float = Field(default=10.0, gt=0)

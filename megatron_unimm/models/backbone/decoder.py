@@ -3,7 +3,6 @@
 Layout: t tokens of this rank between the layers (T / context, and / tensor under sequence parallelism), ``[t, 1, H]``.
 """
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -131,8 +130,3 @@ def _layer(model: BackboneConfig, backend: str, number: int) -> ModuleSpec:
 def merge_visual_tokens(embeddings_T1H: Tensor, visual_VH: Tensor, visual_index: Tensor) -> Tensor:
     """Put visual tokens ``[V, H]`` at their positions (int64 ``[V]``) among the token embeddings."""
     return embeddings_T1H.index_copy(0, visual_index, visual_VH[:, None].to(embeddings_T1H.dtype))
-
-
-def parameter_count(module: torch.nn.Module) -> int:
-    """Parameters held by this rank."""
-    return sum(parameter.numel() for parameter in module.parameters())
