@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megatron_unimm.config.base import Section
-from megatron_unimm.config.wording import show, suggest, suggest_or_list
+from megatron_unimm.config.wording import join, show, suggest, suggest_or_list
 from megatron_unimm.config.written import Written, plain
 from megatron_unimm.errors import ConfigError
 
@@ -49,6 +49,12 @@ def _translate(section: type[Section], tree: Written, what: str, detail: ErrorDe
     if kind == "value_error":  # raised by a validator of ours, which says it all
         return where, f"{context['error']}, {node.place}"
     got = f"got {show(detail['input'])} {node.place}"
+    if kind == "union_tag_not_found":
+        return join(where, _tag(context)), f"missing for {what} {node.place}; add it"
+    if kind == "union_tag_invalid":
+        names = re.split(r", ", context["expected_tags"].replace("'", ""))
+        got = f"got {show(context['tag'])} {node.place}"
+        return join(where, _tag(context)), f"wanted one of {', '.join(names)}, {got}{suggest(context['tag'], names)}"
     if kind == "literal_error":
         names = re.split(r", | or ", context["expected"].replace("'", ""))
         return where, f"wanted one of {', '.join(names)}, {got}{suggest(str(detail['input']), names)}"
@@ -57,6 +63,11 @@ def _translate(section: type[Section], tree: Written, what: str, detail: ErrorDe
         return where, f"wanted a number {sign} {context[bound]:g}, {got}"
     wanted = next((words for prefix, words in _WANTED.items() if kind.startswith(prefix)), None)
     return where, f"wanted {wanted}, {got}" if wanted else f"{detail['msg']}, {got}"
+
+
+def _tag(context: dict[str, Any]) -> str:
+    """The field that tells the members of a union apart."""
+    return context["discriminator"].strip("'")
 
 
 _BOUNDS = {

@@ -1,6 +1,7 @@
 """Model sections: what is built, independent of how it is spread over ranks."""
 
-from typing import Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,8 +27,12 @@ class MoEConfig(Section):
     """One MoE layer every this many layers (1: all)."""
 
 
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
 class VisionEncoderConfig(Section):
-    """Qwen2.5-VL's vision tower: windowed and full attention blocks, 2-D rotary, a patch merger at the end."""
+    """What the vision towers of the Qwen VLMs share: a ViT with 2-D rotary positions and a patch merger at the end."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -39,11 +44,10 @@ class VisionEncoderConfig(Section):
     """Frames per patch; a still image is repeated this often."""
     spatial_merge_size: int = Field(default=2, gt=0)
     """Patches per side that the merger joins to one visual token."""
-    window_size: int = Field(default=112, gt=0)
-    """Side of an attention window in pixels."""
-    full_attention_layers: list[int] = Field(default_factory=list)
-    """Zero-based layers with attention over the whole image; the others attend inside windows."""
     in_channels: int = 3
+    image_mean: list[float] = Field(default=CLIP_MEAN, min_length=3, max_length=3)
+    """Of red, green and blue in [0, 1]; taken off before patches are cut."""
+    image_std: list[float] = Field(default=CLIP_STD, min_length=3, max_length=3)
     out_size: int = Field(gt=0)
     """Width of a visual token after the merger: the backbone's hidden size."""
     norm_epsilon: float = 1e-6
@@ -59,8 +63,48 @@ class VisionEncoderConfig(Section):
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
+class Qwen25VisionConfig(VisionEncoderConfig):
+    """Qwen2.5-VL's tower: RMSNorm, gated MLP, windowed and full attention (arXiv 2502.13923, section 2.1.1)."""
+
+    kind: Literal["qwen2_5"]
+    window_size: int = Field(default=112, gt=0)
+    """Side of an attention window in pixels."""
+    full_attention_layers: list[int] = Field(default_factory=list)
+    """Zero-based layers with attention over the whole image; the others attend inside windows."""
+    deepstack_layers: ClassVar[list[int]] = []
+
+
+class Qwen3VisionConfig(VisionEncoderConfig):
+    """Qwen3-VL's tower: LayerNorm, plain MLP, full attention, learned positions besides rotary ones, deepstack (Qwen3-VL
+    technical report, arXiv 2511.21631, section 2)."""
+
+    kind: Literal["qwen3"]
+    patch_size: int = Field(default=16, gt=0)
+    """Side of a patch in pixels."""
+    image_mean: list[float] = Field(default=[0.5, 0.5, 0.5], min_length=3, max_length=3)
+    """Of red, green and blue in [0, 1]; taken off before patches are cut."""
+    image_std: list[float] = Field(default=[0.5, 0.5, 0.5], min_length=3, max_length=3)
+    num_position_embeddings: int = Field(default=2304, gt=0)
+    """Learned positions, a square grid that is interpolated to each image's grid of patches."""
+    deepstack_layers: list[int] = Field(default_factory=list)
+    """Zero-based layers whose output, merged like the last one, is added to the visual tokens after the backbone's
+    layers 0, 1, 2, …; ascending."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Qwen3VisionConfig":
+        if math.isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
+            raise ValueError(f"num_position_embeddings {self.num_position_embeddings} is no square number")
+        layers = self.deepstack_layers
+        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < self.num_layers):
+            raise ValueError(f"deepstack_layers {layers} must ascend and lie in 0..{self.num_layers - 1}")
+        return self
+
+
+VisionEncoder = Annotated[Qwen25VisionConfig | Qwen3VisionConfig, Field(discriminator="kind")]
+
+
 class BackboneConfig(Section):
-    """A Qwen2.5-VL-like decoder: RMSNorm, GQA, SwiGLU (dense or MoE), multimodal rotary."""
+    """The decoder of the Qwen VLMs: RMSNorm, GQA, SwiGLU (dense or MoE), multimodal rotary."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -108,7 +152,7 @@ class TokenIds(Section):
 class ModelConfig(Section):
     """The vision-language model."""
 
-    vision_encoder: VisionEncoderConfig
+    vision_encoder: VisionEncoder
     backbone: BackboneConfig
     token_ids: TokenIds = TokenIds()
 
@@ -118,6 +162,12 @@ class ModelConfig(Section):
             raise ValueError(
                 f"vision_encoder.out_size {self.vision_encoder.out_size} differs from backbone.hidden_size "
                 f"{self.backbone.hidden_size}; visual tokens enter the backbone as they are, make them equal"
+            )
+        levels = len(self.vision_encoder.deepstack_layers)
+        if levels > self.backbone.num_layers:
+            raise ValueError(
+                f"vision_encoder.deepstack_layers names {levels} layers, but backbone.num_layers is "
+                f"{self.backbone.num_layers}; each is added after a backbone layer of its own"
             )
         return self
 

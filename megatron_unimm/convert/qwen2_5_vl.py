@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_unimm.config.model import BackboneConfig, ModelConfig, TokenIds, VisionEncoderConfig
+from megatron_unimm.config.model import BackboneConfig, ModelConfig, Qwen25VisionConfig, TokenIds
 from megatron_unimm.convert.table import Family, Row, Source, TiedTo
 from megatron_unimm.convert.transforms import Conv3dToLinear, Copy, FusedQkv, GateUp, QkvInterleave
 from megatron_unimm.errors import CheckpointError
@@ -159,8 +159,9 @@ def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None 
         raise CheckpointError("config.json", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _vision_config(vision: dict[str, Any]) -> VisionEncoderConfig:
-    return VisionEncoderConfig(
+def _vision_config(vision: dict[str, Any]) -> Qwen25VisionConfig:
+    return Qwen25VisionConfig(
+        kind="qwen2_5",
         num_layers=vision["depth"],
         hidden_size=vision["hidden_size"],
         num_heads=vision["num_heads"],

@@ -5,6 +5,8 @@ Layouts: images are uint8 (H, W, 3), RGB; patches are float32 [P, patch_dim].
 """
 
 import struct
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,6 @@ from PIL import Image
 from megatron_unimm.config.data import ImageSizeConfig
 from megatron_unimm.config.model import VisionEncoderConfig
 from megatron_unimm.data.faults import SampleError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# A byte has 256 values, so scaling and normalising is a table: float32 [3, 256].
-_NORMALISED = ((np.arange(256) / 255.0 - np.array(CLIP_MEAN)[:, None]) / np.array(CLIP_STD)[:, None]).astype(np.float32)
 
 # Data files come from anywhere, so only formats that Pillow decodes itself; EPS, for one, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
@@ -110,13 +107,20 @@ def patchify(image: np.ndarray, encoder: VisionEncoderConfig) -> tuple[np.ndarra
     assert width % encoder.token_pixels == 0, f"width {width} is not made of whole visual tokens"
     patch, merge, frames = encoder.patch_size, encoder.spatial_merge_size, encoder.temporal_patch_size
     rows, columns = height // patch, width // patch
-    normalised = np.stack([table[image[..., channel]] for channel, table in enumerate(_NORMALISED)])
+    tables = _normalised(tuple(encoder.image_mean), tuple(encoder.image_std))
+    normalised = np.stack([table[image[..., channel]] for channel, table in enumerate(tables)])
     blocks = normalised.reshape(channels, rows // merge, merge, patch, columns // merge, merge, patch)
     blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[
         :, :, :, :, :, None
     ]  # [rows/m, columns/m, m, m, channel, 1, patch, patch]
     blocks = np.broadcast_to(blocks, (*blocks.shape[:5], frames, patch, patch))
     return blocks.reshape(rows * columns, encoder.patch_dim), np.array([1, rows, columns], dtype=np.int64)
+
+
+@lru_cache
+def _normalised(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """What each of a byte's values becomes, by channel: float32 ``[channels, 256]``."""
+    return ((np.arange(256) / 255.0 - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
 
 
 def load_patches(path: Path, grid: np.ndarray, encoder: VisionEncoderConfig, max_pixels: int) -> np.ndarray:

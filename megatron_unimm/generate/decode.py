@@ -220,7 +220,8 @@ def _prompt_step(prompts: Sequence[Prompt]) -> Step:
 
 
 def _prompt_visual(staged: StagedModel, prompts: Sequence[Prompt]) -> Tensor | None:
-    """Visual tokens ``[V, H]`` of the images of all prompts, generated ones as they were made; on the first stage."""
+    """Features ``[V, F]`` of the images of all prompts, on the first stage: of generated ones the visual tokens as they
+    were made, and nothing else."""
     visual = staged.see([prompt.tokens for prompt in prompts])
     if visual is None:
         return None
@@ -230,7 +231,8 @@ def _prompt_visual(staged: StagedModel, prompts: Sequence[Prompt]) -> Tensor | N
         for number, grid in enumerate(prompt.tokens.grids):
             stop = start + int(grid.prod()) // merge
             if number in prompt.given:
-                visual[start:stop] = prompt.given[number].to(visual)
+                visual[start:stop, : staged.hidden_size] = prompt.given[number].to(visual)
+                visual[start:stop, staged.hidden_size :] = 0
             start = stop
     return visual
 

@@ -21,8 +21,9 @@ from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.data.sample import TokenizedSample
 from megatron_unimm.generate.cache import SequenceCache
 from megatron_unimm.models.attention import PackedContext
+from megatron_unimm.models.backbone.deepstack import travelling_levels
 from megatron_unimm.models.rotary import mrope_angles
-from megatron_unimm.models.vision.qwen2_5 import VisionInput
+from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import ParallelGroups
 
 
@@ -35,19 +36,20 @@ class GenerativeChunk(Protocol):
     """Whether it holds the heads."""
 
     def see(self, images: VisionInput) -> Tensor:
-        """Visual tokens ``[V, H]`` of images that are read."""
+        """Features ``[V, F]`` of images that are read: visual tokens, F = H, and what else the tower saw of each."""
         ...
 
     def target_features(self, images: VisionInput) -> Tensor:
         """Visual tokens ``[V, H]`` of images as the model learns to generate them."""
         ...
 
-    def embed_tokens(self, input_ids: Tensor, visual_VH: Tensor | None, visual_index: Tensor | None) -> Tensor:
-        """``[t, 1, H]`` of token ids int64 ``[t]``, with visual tokens at the positions ``visual_index``."""
+    def embed_tokens(self, input_ids: Tensor, features_VF: Tensor | None, visual_index: Tensor | None) -> Tensor:
+        """Rows ``[r, 1, H]`` of token ids int64 ``[t]``, with visual tokens at the positions ``visual_index``; their
+        features are those that were seen, or visual tokens ``[V, H]`` that were predicted."""
         ...
 
-    def advance(self, hidden_t1H: Tensor, context: PackedContext) -> Tensor:
-        """Through the chunk's layers."""
+    def advance(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
+        """Through the chunk's layers: ``[r, 1, H]``, at the end of the last chunk ``[t, 1, H]``."""
         ...
 
     def text_logits(self, hidden_nH: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class StagedModel:
     # -- images --------------------------------------------------------------------------------------------------------
 
     def see(self, prompts: Sequence[TokenizedSample]) -> Tensor | None:
-        """Visual tokens ``[V, H]`` of the images of all prompts, on the first stage; None elsewhere, or without any."""
+        """Features ``[V, F]`` of the images of all prompts, on the first stage; None elsewhere, or without any."""
         patches = np.concatenate([prompt.patches for prompt in prompts])
         if not self.is_first or not len(patches):
             return None
@@ -122,11 +124,11 @@ class StagedModel:
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
-    def run(self, step: Step, visual_VH: Tensor | None, cache: SequenceCache) -> Tensor | None:
+    def run(self, step: Step, features_VF: Tensor | None, cache: SequenceCache) -> Tensor | None:
         """New tokens through all stages.
 
         Args:
-            visual_VH: the visual tokens among them, on the first stage.
+            features_VF: of the visual tokens among them, on the first stage.
 
         Returns:
             ``[B, H]`` on the last stage: the hidden state of each sequence's last token. None elsewhere.
@@ -138,7 +140,7 @@ class StagedModel:
             if chunk.pre_process:
                 index = self._tensor(step.visual_index) if len(step.visual_index) else None
                 hidden = chunk.embed_tokens(
-                    self._tensor(step.input_ids), visual_VH if index is not None else None, index
+                    self._tensor(step.input_ids), features_VF if index is not None else None, index
                 )
             else:
                 hidden = self._receive(len(step.input_ids))
@@ -201,7 +203,8 @@ class StagedModel:
         )
 
     def _receive(self, num_tokens: int) -> Tensor:
-        hidden = torch.empty(num_tokens, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        num_rows = num_tokens * (1 + travelling_levels(self.model, self.groups.config))
+        hidden = torch.empty(num_rows, 1, self.hidden_size, dtype=self.dtype, device=self.device)
         dist.recv(hidden, self._rank_of_stage(self.groups.pipeline_rank - 1), group=self.groups.collection.pp)
         return hidden
 

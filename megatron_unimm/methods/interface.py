@@ -36,7 +36,7 @@ class Method(Protocol):
         ...
 
     def streams(self) -> int:
-        """How many sequences travel between pipeline stages side by side (2 with a teacher)."""
+        """How many sequences travel between pipeline stages side by side (a teacher's, deepstack levels)."""
         ...
 
 

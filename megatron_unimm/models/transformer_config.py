@@ -1,13 +1,14 @@
 """From our small config sections to Megatron-Core's TransformerConfig. The only place that names its fields."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_unimm.config.model import BackboneConfig, VisionEncoderConfig
+from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, VisionEncoder
 from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
 from megatron_unimm.parallel.platform import Platform
 
@@ -62,12 +63,10 @@ def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, pla
     return TransformerConfig(**fields)
 
 
-def vision_transformer_config(
-    model: VisionEncoderConfig, system: SystemConfig, platform: Platform
-) -> TransformerConfig:
+def vision_transformer_config(model: VisionEncoder, system: SystemConfig, platform: Platform) -> TransformerConfig:
     """The vision tower's configuration: tensor parallel, whole on the first pipeline stage, the row's images on
     every context rank."""
-    return TransformerConfig(
+    fields: dict[str, Any] = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
@@ -79,6 +78,19 @@ def vision_transformer_config(
         # Never in FP8, whose products need a multiple of 8 rows (128 in blocks) and of 16 columns: an image has any
         # number of patches, and Qwen2.5-VL's MLP is 3420 wide.
     )
+    if not isinstance(model, Qwen25VisionConfig):
+        fields |= PLAIN_VIT
+    return TransformerConfig(**fields)
+
+
+PLAIN_VIT: dict[str, Any] = dict(
+    normalization="LayerNorm",
+    gated_linear_unit=False,
+    activation_func=partial(F.gelu, approximate="tanh"),
+    # Megatron-Core's fused bias and GELU knows its own GELU only.
+    bias_activation_fusion=False,
+)
+"""Layers of a ViT that is no language model in disguise: LayerNorm and a plain GELU MLP."""
 
 
 def whole_sequence(config: TransformerConfig) -> TransformerConfig:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_unimm.config.model import BackboneConfig, VisionEncoderConfig, VisionHeadConfig
+from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, VisionEncoder, VisionHeadConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.models.trainable import is_frozen
@@ -138,21 +138,24 @@ def logits_work(model: BackboneConfig, num_positions: int) -> Work:
     return Work(2.0 * num_positions * model.hidden_size * model.vocab_size)
 
 
-def vision_pairs(grids: np.ndarray, model: VisionEncoderConfig) -> tuple[float, float]:
-    """(query, key) pairs of one full and one windowed layer over images of patch grids ``[n, 3]``.
+def vision_pairs(grids: np.ndarray, model: VisionEncoder) -> float:
+    """(query, key) pairs of all layers over images of patch grids ``[n, 3]``: full ones, and windowed ones.
 
     Full: Σ (height · width)² per frame. Windows are rectangles of the grid of merge units, so the sum over windows of
     (rows · columns)² is the sum of squared row counts times the sum of squared column counts: with windows of m units
     and n units on a side, ⌊n / m⌋ m² + (n mod m)².
     """
     if not len(grids):
-        return 0.0, 0.0
+        return 0.0
     frames, height, width = grids.astype(np.float64).T
+    full = float((frames * (height * width) ** 2).sum())
+    if not isinstance(model, Qwen25VisionConfig):
+        return full * model.num_layers
     merge, window = model.spatial_merge_size, model.window_size // model.token_pixels
     rows, columns = height // merge, width // merge
-    full = frames * (height * width) ** 2
     windowed = frames * _sum_of_squares(rows, window) * _sum_of_squares(columns, window) * merge**4
-    return float(full.sum()), float(windowed.sum())
+    num_full = len(model.full_attention_layers)
+    return num_full * full + (model.num_layers - num_full) * float(windowed.sum())
 
 
 def _sum_of_squares(count: np.ndarray, size: int) -> np.ndarray:
@@ -160,21 +163,21 @@ def _sum_of_squares(count: np.ndarray, size: int) -> np.ndarray:
     return (count // size) * size**2 + (count % size) ** 2
 
 
-def vision_work(model: VisionEncoderConfig, grids: np.ndarray) -> tuple[Work, Work]:
+def vision_work(model: VisionEncoder, grids: np.ndarray) -> tuple[Work, Work]:
     """(patch embedding, all that follows it) of the tower on images of patch grids ``[n, 3]``.
 
-    Patch embedding 2 P patch_dim H. Per layer 2 P H 3H (QKV), 2 P H H (output), 4 · pairs · H (attention) and a gated
-    MLP 3 · 2 P H F. The merger on joined patches of width J = merge² H: 2 V J J + 2 V J out. The embedding stands apart
-    because nothing before it can train.
+    Patch embedding 2 P patch_dim H. Per layer 2 P H 3H (QKV), 2 P H H (output), 4 · pairs · H (attention) and an MLP of
+    width F: 2 P H F three times where it is gated (Qwen2.5-VL), else twice. The merger on joined patches of width
+    J = merge² H: 2 V J J + 2 V J out, once more for each deepstack level. The embedding stands apart because nothing
+    before it can train.
     """
     patches = float(grids.prod(axis=1).sum()) if len(grids) else 0.0
     hidden, merge = model.hidden_size, model.spatial_merge_size**2
-    full, windowed = vision_pairs(grids, model)
-    layer = Work(2 * patches * hidden * (4 * hidden + 3 * model.mlp_size))
-    num_full = len(model.full_attention_layers)
-    attention = Work(0.0, 4 * hidden * (num_full * full + (model.num_layers - num_full) * windowed))
+    mlp_products = 3 if isinstance(model, Qwen25VisionConfig) else 2
+    layer = Work(2 * patches * hidden * (4 * hidden + mlp_products * model.mlp_size))
+    attention = Work(0.0, 4 * hidden * vision_pairs(grids, model))
     joined = merge * hidden
-    merger = Work(2 * patches / merge * joined * (joined + model.out_size))
+    merger = Work(2 * patches / merge * joined * (joined + model.out_size)).times(1 + len(model.deepstack_layers))
     return Work(2 * patches * model.patch_dim * hidden), layer.times(model.num_layers) + attention + merger
 
 
@@ -232,7 +235,7 @@ def row_flops(row: PackedRow, stage: StageConfig, frozen: Collection[str]) -> fl
     return total
 
 
-def _tower_flops(row: PackedRow, model: VisionEncoderConfig, trains: bool) -> float:
+def _tower_flops(row: PackedRow, model: VisionEncoder, trains: bool) -> float:
     total = 0.0
     if trains:
         embedding, rest = vision_work(model, row.grids[~row.is_target])

@@ -9,7 +9,7 @@ from megatron_unimm.errors import ConfigError
 
 MODEL = """
 model:
-  vision_encoder: {num_layers: 2, hidden_size: 64, num_heads: 4, mlp_size: 128, out_size: 128}
+  vision_encoder: {kind: qwen2_5, num_layers: 2, hidden_size: 64, num_heads: 4, mlp_size: 128, out_size: 128}
   backbone:
     num_layers: 4
     hidden_size: 128

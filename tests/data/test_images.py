@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megatron_unimm.config.data import ImageSizeConfig
-from megatron_unimm.config.model import VisionEncoderConfig
+from megatron_unimm.config.model import Qwen25VisionConfig
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.images import TRANSPOSE, decode, image_size, load_patches, patchify, resize, target_size
 
@@ -17,8 +17,8 @@ LIMIT = 1_000_000
 EXIF_ORIENTATION = 0x0112
 
 
-def encoder(**fields) -> VisionEncoderConfig:
-    return VisionEncoderConfig(num_layers=1, hidden_size=8, num_heads=1, mlp_size=8, out_size=8, **fields)
+def encoder(**fields) -> Qwen25VisionConfig:
+    return Qwen25VisionConfig(kind="qwen2_5", num_layers=1, hidden_size=8, num_heads=1, mlp_size=8, out_size=8, **fields)
 
 
 def random_image(width: int, height: int, seed: int = 0) -> np.ndarray:

@@ -14,7 +14,7 @@ from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.models.attention import PackedContext, Segments, context_index
 from megatron_unimm.models.rotary import mrope_angles
-from megatron_unimm.models.vision.qwen2_5 import VisionInput
+from megatron_unimm.models.vision import VisionInput
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class Sight:
     trained: VisionInput | None
     """Images that are read, for a trainable tower; a blank one when there are none, so that every rank's tower runs;
     None if the tower is frozen."""
-    trained_rows: Tensor
-    """int64: rows of the merged features of all images that the trained tower replaces; empty for the blank image."""
     visual_index: Tensor
     """int64 ``[V]``: where the visual tokens stand in the row."""
+    read_rows: Tensor
+    """int64: which of the V are of images that are read (those that the trained tower sees); the others are to be
+    generated."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ def build_batch(row: PackedRow, model: ModelConfig, role: Role, device: torch.de
 
 
 def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype) -> Sight:
-    trained, rows = None, np.empty(0, dtype=np.int64)
+    trained, read_rows = None, _feature_rows(row, ~row.is_target, model)
     if role.vision_encoder_trains:
-        patches, grids, rows = _choose(row, ~row.is_target, model)
+        patches, grids = _choose(row, ~row.is_target)
         if not len(grids):
             patches, grids = _blank(model)
         trained = VisionInput.build(patches, grids, model.vision_encoder, device, dtype)
@@ -109,7 +110,7 @@ def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device,
     frozen = None
     if len(row.grids) and (not role.vision_encoder_trains or len(row.predict_index)):
         frozen = VisionInput.build(row.patches, row.grids, model.vision_encoder, device, dtype)
-    return Sight(frozen, trained, _tensor(rows, device), _tensor(row.visual_index, device))
+    return Sight(frozen, trained, _tensor(row.visual_index, device), _tensor(read_rows, device))
 
 
 def _targets(
@@ -123,9 +124,9 @@ def _targets(
     feature_rows = row.target_index[mine]
     images = None
     if not role.first_stage and len(row.predict_index):
-        patches, grids, rows = _choose(row, row.is_target, model)
+        patches, grids = _choose(row, row.is_target)
         images = VisionInput.build(patches, grids, model.vision_encoder, device, dtype)
-        feature_rows = np.searchsorted(rows, feature_rows)
+        feature_rows = np.searchsorted(_feature_rows(row, row.is_target, model), feature_rows)
     return Targets(
         text_index=_tensor(text, device),
         text_labels=_tensor(labels[text], device),
@@ -135,14 +136,15 @@ def _targets(
     )
 
 
-def _choose(row: PackedRow, chosen: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patches and grids of the chosen images, and the rows of their merged features among those of all images."""
-    merge = model.vision_encoder.spatial_merge_size**2
-    owner = (
-        np.repeat(np.arange(len(row.grids)), row.grids.prod(axis=1)) if len(row.grids) else np.empty(0, dtype=np.int64)
-    )
-    keep = chosen[owner] if len(owner) else np.zeros(0, dtype=bool)
-    return row.patches[keep], row.grids[chosen], np.flatnonzero(keep[::merge])
+def _choose(row: PackedRow, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Patches and grids of the chosen images."""
+    return row.patches[np.repeat(chosen, row.grids.prod(axis=1))], row.grids[chosen]
+
+
+def _feature_rows(row: PackedRow, chosen: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """Rows of the chosen images among the merged features of all: int64."""
+    tokens = row.grids.prod(axis=1) // model.vision_encoder.spatial_merge_size**2
+    return np.flatnonzero(np.repeat(chosen, tokens))
 
 
 def _blank(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.methods.orion.batch import OrionBatch, build_batch
 from megatron_unimm.methods.orion.losses import TERMS
 from megatron_unimm.methods.orion.model import FrozenParts, OrionModel
+from megatron_unimm.models.backbone.deepstack import travelling_levels
 from megatron_unimm.models.trainable import is_frozen
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -45,4 +46,5 @@ class Orion:
         return [text, vision, vision]
 
     def streams(self) -> int:
-        return 2 if self.stage.method.loss_weights.kl > 0 else 1
+        models = 2 if self.stage.method.loss_weights.kl > 0 else 1
+        return models * (1 + travelling_levels(self.stage.model, self.stage.system.parallel))

@@ -1,7 +1,8 @@
 """ORION's network (figure 2): one autoregressive VLM with a text head and a vision head, and its frozen base beside it.
 
-Layout: ``[t, 1, H]`` between pipeline stages, t tokens of this rank; with a teacher ``[2 t, 1, H]``, the student's
-tokens first.
+Layout: ``[r, 1, H]`` between pipeline stages, with a teacher ``[2 r, 1, H]``, the student's rows first; r = t tokens of
+this rank, and deepstack levels that still wait for their layer under them (``models/backbone/deepstack.py``).
+Features of V visual tokens are ``[V, (1 + K) H]``: what the token is, then its K deepstack levels (0 for Qwen2.5-VL).
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from megatron_unimm.methods.orion import losses
 from megatron_unimm.methods.orion.batch import OrionBatch, Role, Sight
 from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.decoder import Backbone, merge_visual_tokens
+from megatron_unimm.models.backbone.deepstack import Deepstack, place_levels, travelling_levels
 from megatron_unimm.models.heads import build_vision_head
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import (
@@ -25,7 +27,7 @@ from megatron_unimm.models.transformer_config import (
     vision_transformer_config,
     whole_sequence,
 )
-from megatron_unimm.models.vision.qwen2_5 import Qwen25VisionEncoder, VisionInput
+from megatron_unimm.models.vision import VisionInput, VisionTower, build_vision_encoder
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.pipeline import with_zero_gradient
 from megatron_unimm.parallel.platform import Platform
@@ -73,8 +75,11 @@ class OrionModel(MegatronModule):
         backend = layers_backend(stage.system.layers, platform, stage.system.precision.fp8 is not None)
         vision_config = vision_transformer_config(stage.model.vision_encoder, stage.system, platform)
 
-        def tower() -> Qwen25VisionEncoder:
-            return Qwen25VisionEncoder(stage.model.vision_encoder, vision_config, backend, groups.alone())
+        num_levels = len(stage.model.vision_encoder.deepstack_layers)
+        num_travelling = travelling_levels(stage.model, stage.system.parallel)
+
+        def tower() -> VisionTower:
+            return build_vision_encoder(stage.model.vision_encoder, vision_config, backend, groups.alone())
 
         def decoder() -> Backbone:
             return Backbone(
@@ -85,6 +90,7 @@ class OrionModel(MegatronModule):
                 self.pre_process,
                 self.post_process,
                 self.vp_stage,
+                Deepstack(num_levels, num_travelling, self.pre_process, self.post_process),
             )
 
         if self.pre_process:
@@ -153,12 +159,12 @@ class OrionModel(MegatronModule):
             student, teacher, features = self._enter(batch)
         else:
             student, teacher = self._split(self.input_tensor)
-        student = self._student(student, batch)  # [t, 1, H]
-        teacher = self._teacher(teacher, batch)  # [t, 1, H] or None
+        student = self._student(student, batch)  # [r, 1, H]; on the last stage [t, 1, H]
+        teacher = self._teacher(teacher, batch)  # the same, or None
         if self.post_process:
             output = self._losses(student, teacher, features, batch)  # [3]
         else:
-            output = student if teacher is None else torch.cat([student, teacher])  # [2 t, 1, H]
+            output = student if teacher is None else torch.cat([student, teacher])  # [2 r, 1, H]
         return output if self.pre_process else with_zero_gradient(output, self.input_tensor)
 
     # -- first stage
@@ -194,29 +200,46 @@ class OrionModel(MegatronModule):
         if sight.trained is None:
             return frozen
         trained = self.vision_encoder(sight.trained)
-        if not len(sight.trained_rows):
+        if not len(sight.read_rows):
             # A blank image keeps every rank's tower in the step; it counts for nothing.
             nothing = trained.sum() * 0
             return nothing if frozen is None else frozen + nothing
-        return trained if frozen is None else frozen.index_copy(0, sight.trained_rows, trained)
+        return trained if frozen is None else frozen.index_copy(0, sight.read_rows, trained)
 
-    def _embed(self, backbone: Backbone, visual_VH: Tensor | None, batch: OrionBatch) -> Tensor:
+    def _embed(self, backbone: Backbone, features: Tensor | None, batch: OrionBatch) -> Tensor:
+        """Rows ``[r, 1, H]`` for the first layer: token embeddings with visual tokens among them, deepstack levels."""
         assert batch.sight is not None
         hidden = backbone.embed(batch.input_ids)  # [T, 1, H]
-        if visual_VH is not None and visual_VH.dim() == 0:
-            hidden = hidden + visual_VH
-        elif visual_VH is not None:
-            hidden = merge_visual_tokens(hidden, visual_VH, batch.sight.visual_index)
-        if batch.local_index is not None:
-            hidden = hidden.index_select(0, batch.local_index)  # [T / context, 1, H]
-        return backbone.scatter(hidden)  # [t, 1, H]
+        levels = hidden.new_zeros(backbone.deepstack.num_received, *hidden.shape)  # [K, T, 1, H]
+        if features is not None and features.dim() == 0:
+            hidden = hidden + features
+        elif features is not None:
+            visual, rest = self._tokens(features), self._levels(features)  # [V, H], [V, K, H]
+            hidden = merge_visual_tokens(hidden, visual, batch.sight.visual_index)
+            if rest.numel():
+                # An image that is generated has no levels: nothing would know them when it is.
+                read = batch.sight.read_rows
+                levels = place_levels(rest[read], batch.sight.visual_index[read], len(hidden))
+        return self._rows(backbone, torch.cat([hidden[None], levels.to(hidden.dtype)]), batch.local_index)
+
+    def _rows(self, backbone: Backbone, blocks_BT1H: Tensor, local_index: Tensor | None) -> Tensor:
+        """This rank's part of each block's sequence, one block under the other: ``[B t, 1, H]``."""
+        if local_index is not None:
+            blocks_BT1H = blocks_BT1H.index_select(1, local_index)  # [B, T / context, 1, H]
+        return torch.cat([backbone.scatter(block) for block in blocks_BT1H])
+
+    def _tokens(self, features_VF: Tensor) -> Tensor:
+        return features_VF[:, : self.config.hidden_size]  # [V, H]
+
+    def _levels(self, features_VF: Tensor) -> Tensor:
+        return features_VF[:, self.config.hidden_size :].unflatten(1, (-1, self.config.hidden_size))  # [V, K, H]
 
     # -- every stage
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.has_teacher:
             return hidden, None
-        student, teacher = hidden.chunk(2)
+        student, teacher = hidden.chunk(2)  # [r, 1, H] each
         return student, teacher.detach()
 
     def _student(self, hidden: Tensor, batch: OrionBatch) -> Tensor:
@@ -227,10 +250,12 @@ class OrionModel(MegatronModule):
 
     def _teacher(self, hidden: Tensor | None, batch: OrionBatch) -> Tensor | None:
         # Under expert parallelism ranks with other rows meet in the experts' exchange, so all must come.
-        if hidden is None or not (batch.generates or self.groups.config.expert > 1):
-            return hidden
+        if hidden is None:
+            return None
         with torch.no_grad():
-            return self.base.backbone(hidden, batch.context)
+            if batch.generates or self.groups.config.expert > 1:
+                return self.base.backbone(hidden, batch.context)
+            return self.base.backbone.skip(hidden)
 
     # -- last stage
 
@@ -254,7 +279,8 @@ class OrionModel(MegatronModule):
                     features = self.base.vision_encoder(targets.images)
             assert features is not None
             predicted = self.vision_head(hidden_vision)  # [n_vision, H]
-            mse = losses.image_generation_loss(predicted, features.index_select(0, targets.feature_rows))
+            wanted = self._tokens(features).index_select(0, targets.feature_rows)  # [n_vision, H]
+            mse = losses.image_generation_loss(predicted, wanted)
             if teacher is not None:
                 with torch.no_grad():
                     teacher_vision = self.base.backbone.gather(teacher)[:, 0].index_select(0, targets.vision_index)
@@ -268,22 +294,31 @@ class OrionModel(MegatronModule):
     # -- generation: the contract of generate/staged.py
 
     def see(self, images: VisionInput) -> Tensor:
-        """Visual tokens ``[V, H]`` of images that are read, through the student's tower (first stage)."""
+        """Features ``[V, (1 + K) H]`` of images that are read, through the student's tower (first stage)."""
         return self.vision_encoder(images)
 
     def target_features(self, images: VisionInput) -> Tensor:
         """Visual tokens ``[V, H]`` as eq. 2 regresses them: of the base model's tower (first stage)."""
         tower = self.vision_encoder if self.frozen.vision_encoder else self.base.vision_encoder
-        return tower(images)
+        return self._tokens(tower(images))
 
-    def embed_tokens(self, input_ids: Tensor, visual_VH: Tensor | None, visual_index: Tensor | None) -> Tensor:
-        """``[t, 1, H]`` of int64 ``[t]`` token ids, with visual tokens at ``visual_index`` (first stage)."""
-        hidden = self.backbone.embed(input_ids)
-        return hidden if visual_VH is None else merge_visual_tokens(hidden, visual_VH, visual_index)
+    def embed_tokens(self, input_ids: Tensor, features_VF: Tensor | None, visual_index: Tensor | None) -> Tensor:
+        """Rows ``[r, 1, H]`` of int64 ``[t]`` token ids, with visual tokens at ``visual_index`` (first stage).
 
-    def advance(self, hidden_t1H: Tensor, context: PackedContext) -> Tensor:
+        Features are ``[V, (1 + K) H]`` of images that were seen, or ``[V, H]`` of visual tokens that were predicted.
+        """
+        hidden = self.backbone.embed(input_ids)  # [t, 1, H]
+        levels = hidden.new_zeros(self.backbone.deepstack.num_received, *hidden.shape)  # [K, t, 1, H]
+        if features_VF is not None:
+            assert visual_index is not None
+            hidden = merge_visual_tokens(hidden, self._tokens(features_VF), visual_index)
+            if self._levels(features_VF).numel():
+                levels = place_levels(self._levels(features_VF), visual_index, len(hidden)).to(hidden.dtype)
+        return torch.cat([hidden[None], levels]).flatten(0, 1)
+
+    def advance(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
         """Through this stage's layers."""
-        return self.backbone(hidden_t1H, context)
+        return self.backbone(rows_r1H, context)
 
     def text_logits(self, hidden_nH: Tensor) -> Tensor:
         """``[n, vocab / tensor]`` (last stage)."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_unimm.config.model import BackboneConfig
 from megatron_unimm.models.attention import PackedContext
+from megatron_unimm.models.backbone.deepstack import Deepstack, DeepstackLayer
 from megatron_unimm.models.specs import block_spec, layer_spec
 from megatron_unimm.models.transformer_config import whole_sequence
 
@@ -33,6 +34,7 @@ class Backbone(LanguageModule):
         groups: process groups.
         pre_process: hold the embedding. post_process: hold the final norm and the output layer.
         virtual_stage: number of this model chunk on its rank under virtual pipelining.
+        deepstack: the vision encoder's levels that this chunk adds and hands on; none if left out.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Backbone(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         virtual_stage: int | None = None,
+        deepstack: Deepstack | None = None,
     ) -> None:
         super().__init__(config, pg_collection=groups)
         self.model = model
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = virtual_stage
+        self.deepstack = deepstack or Deepstack()
         self.share_embeddings_and_output_weights = model.tie_embeddings
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -62,7 +66,7 @@ class Backbone(LanguageModule):
             )
         num_layers = get_num_layers_to_build(config, virtual_stage, groups.pp.rank())
         first = get_transformer_layer_offset(config, virtual_stage, groups.pp.rank())
-        layers = [_layer(model, backend, first + number) for number in range(num_layers)]
+        layers = [_layer(model, backend, first + number, self.deepstack) for number in range(num_layers)]
         self.decoder = TransformerBlock(
             config,
             block_spec(backend, layers),
@@ -105,12 +109,20 @@ class Backbone(LanguageModule):
             return hidden_t1H
         return gather_from_sequence_parallel_region(hidden_t1H, tensor_parallel_output_grad=False, group=self.tp_group)
 
-    def forward(self, hidden_t1H: Tensor, context: PackedContext) -> Tensor:
-        """The layers of this stage, and the final norm on the last."""
+    def forward(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
+        """The layers of this stage, and the final norm on the last: ``[r, 1, H]`` to ``[t, 1, H]`` there, elsewhere to
+        what the next stage takes. The rows are the hidden states and the deepstack levels that still wait for their
+        layer (``models/backbone/deepstack.py``)."""
+        hidden, levels = self.deepstack.split(rows_r1H)  # [t, 1, H], [K, t, 1, H] or None
         # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input
-        # in two first.
-        self.decoder.input_tensor = hidden_t1H
-        return self.decoder(hidden_t1H, attention_mask=None, packed_seq_params=context)
+        # up first.
+        self.decoder.input_tensor = hidden
+        hidden = self.decoder(hidden, attention_mask=None, context=levels, packed_seq_params=context)  # [t, 1, H]
+        return self.deepstack.join(hidden, levels)
+
+    def skip(self, rows_r1H: Tensor) -> Tensor:
+        """What :meth:`forward` gives, without the layers."""
+        return self.deepstack.join(*self.deepstack.split(rows_r1H))
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
         """Vocabulary logits of chosen positions: ``[n, H]`` to ``[n, vocab / tensor]``, each rank its part of the
@@ -119,12 +131,15 @@ class Backbone(LanguageModule):
         return self.output_layer(hidden_nH, weight=weight)[0]
 
 
-def _layer(model: BackboneConfig, backend: str, number: int) -> ModuleSpec:
+def _layer(model: BackboneConfig, backend: str, number: int, deepstack: Deepstack) -> ModuleSpec:
     """Layer ``number`` (0 first): a mixture of experts in every ``layer_frequency``-th, as Megatron-Core counts
     them."""
     has_experts = model.moe is not None and number % model.moe.layer_frequency == 0
     experts = model.moe.num_experts if model.moe is not None and has_experts else None
-    return layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
+    spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
+    if number < deepstack.num_levels:
+        spec.module, spec.params = DeepstackLayer, {"level": deepstack.place(number)}
+    return spec
 
 
 def merge_visual_tokens(embeddings_T1H: Tensor, visual_VH: Tensor, visual_index: Tensor) -> Tensor:
