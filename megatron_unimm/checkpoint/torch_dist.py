@@ -401,6 +401,17 @@ class Reader(AbstractContextManager["Reader"]):
         self.read_into(whole, key, (0,) * len(entry.shape))
         return whole
 
+    def read_slice(self, key: str, number: int) -> Tensor:
+        """One slice of the leading axis, ``[1, ...]``; a view where it lies in one piece, as :meth:`read`."""
+        entry = self.tensors[key]
+        offset, shape = (number, *(0,) * (len(entry.shape) - 1)), (1, *entry.shape[1:])
+        for chunk in entry.chunks:
+            if chunk.offset == offset and chunk.shape == shape:
+                return self._view(entry, chunk)
+        part = torch.empty(shape, dtype=entry.dtype)
+        self.read_into(part, key, offset)
+        return part
+
     def read_into(self, target: Tensor, key: str, offset: Shape) -> None:
         """Fill ``target`` (any device and dtype) with the box of the tensor that begins at ``offset``.
 

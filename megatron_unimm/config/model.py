@@ -103,6 +103,39 @@ class Qwen3VisionConfig(VisionEncoderConfig):
 VisionEncoder = Annotated[Qwen25VisionConfig | Qwen3VisionConfig, Field(discriminator="kind")]
 
 
+class SiglipConfig(Section):
+    """SigLIP's vision tower (arXiv 2303.15343), and SigLIP 2's for any resolution (NaFlex, arXiv 2502.14786).
+
+    SigLIP 2's models of one resolution are ``siglip``.
+    """
+
+    kind: Literal["siglip", "siglip2"]
+    """How learned positions are brought to another grid: bicubic, or bilinear with antialiasing."""
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_size: int = Field(gt=0)
+    patch_size: int = Field(default=16, gt=0)
+    """Side of a patch in pixels."""
+    num_position_embeddings: int = Field(default=256, gt=0)
+    """Learned positions, a square grid."""
+    in_channels: int = 3
+    norm_epsilon: float = 1e-6
+    pooling_head: bool = True
+    """Whether it has the attention that pools an image to one vector."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SiglipConfig":
+        if math.isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
+            raise ValueError(f"num_position_embeddings {self.num_position_embeddings} is no square number")
+        return self
+
+    @property
+    def patch_dim(self) -> int:
+        """Number of values in one flattened patch."""
+        return self.in_channels * self.patch_size**2
+
+
 class BackboneConfig(Section):
     """The decoder of the Qwen VLMs: RMSNorm, GQA, SwiGLU (dense or MoE), multimodal rotary."""
 

@@ -23,13 +23,13 @@ from megatron_unimm.checkpoint.manifest import (
 )
 from megatron_unimm.checkpoint.torch_dist import INDEX as CHECKPOINT_INDEX
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.config.model import ModelConfig
+from megatron_unimm.config.base import Section
 from megatron_unimm.convert.families import family_named
-from megatron_unimm.convert.folders import VISION_HEAD, check_target
+from megatron_unimm.convert.folders import PART_README, PARTS, check_target
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.reader import DTYPES, INDEX
-from megatron_unimm.convert.table import Family, Mapping, expand
-from megatron_unimm.convert.transforms import Copy, Shape
+from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
+from megatron_unimm.convert.transforms import Shape
 from megatron_unimm.errors import CheckpointError
 
 OPTIMIZER = "optimizer."
@@ -37,29 +37,29 @@ OPTIMIZER = "optimizer."
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers splits."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEAD_README = """# Vision head
-
-Maps a hidden state of the language model to the next visual token. It is no part of the Hugging Face model in the
-folder above, which loads without it; `unimm convert import` takes it back in, and `unimm generate` uses it.
-`config.json` says how it is built, `model.safetensors` holds its weights.
-"""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a checkpoint holds beside the optimizer: the family's model and the vision head."""
+    """What a checkpoint holds beside the optimizer."""
 
     family: Family
-    config: ModelConfig
+    config: Section
     mappings: list[Mapping]
-    head: list[Mapping]
-    head_config: dict[str, Any]
+    """Of the family's model, carried tensors included."""
+    parts: dict[str, list[Mapping]]
+    """Of our own parts, by name."""
+    part_configs: dict[str, dict[str, Any]]
+
+    @property
+    def all_mappings(self) -> list[Mapping]:
+        return [*self.mappings, *(mapping for part in self.parts.values() for mapping in part)]
 
 
 def export_checkpoint(ckpt_dir: Path, hf_dir: Path) -> None:
     """Make a Hugging Face folder of a Megatron checkpoint: ``from_pretrained`` loads it. Dtypes stay as they are.
 
-    The vision head goes to ``vision_head/`` in the folder; optimizer state is left out.
+    Parts of ours go to folders of their own in it (``vision_head/``); optimizer state is left out.
 
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged, holds another architecture than it says, or the target
@@ -68,10 +68,9 @@ def export_checkpoint(ckpt_dir: Path, hf_dir: Path) -> None:
     manifest = read_manifest(ckpt_dir)
     with Reader(ckpt_dir) as reader:
         model = describe(ckpt_dir, manifest, reader)
-        mappings = [*model.mappings, *model.head]
-        total = sum(reader.tensors[mapping.megatron].nbytes for mapping in mappings)
+        total = sum(reader.tensors[mapping.megatron].nbytes for mapping in model.all_mappings)
         check_target(hf_dir, total)
-        check_files(ckpt_dir, manifest, _files_read(manifest, reader, mappings))
+        check_files(ckpt_dir, manifest, _files_read(manifest, reader, model.all_mappings))
         temporary = temporary_name(hf_dir)
         remove_stale(hf_dir)
         temporary.mkdir(parents=True)
@@ -94,8 +93,8 @@ def describe(ckpt_dir: Path, manifest: Manifest, reader: Reader) -> Model:
     """
     where, meta = str(ckpt_dir), manifest.meta
     family = family_named(meta.get("family"), where)
-    config = ModelConfig.model_validate(meta["architecture"])
-    mappings = expand(family.rows(config))
+    config = family.config_class.model_validate(meta["architecture"])
+    mappings = family.mappings(config, meta.get("layout", family.layouts[0]))
     for mapping in mappings:
         entry = reader.tensors.get(mapping.megatron)
         if entry is None:
@@ -106,24 +105,25 @@ def describe(ckpt_dir: Path, manifest: Manifest, reader: Reader) -> Model:
                 f"tensor {mapping.megatron} is {list(entry.shape)}, but its architecture makes it "
                 f"{list(mapping.megatron_shape)}",
             )
-    head = [_head_mapping(key, reader.tensors[key].shape) for key in sorted(reader.tensors) if _is_of(key, VISION_HEAD)]
-    if head and VISION_HEAD not in meta:
-        raise CheckpointError(where, f"holds a vision head, but its manifest has no meta.{VISION_HEAD}")
-    known = {mapping.megatron for mapping in [*mappings, *head]}
+    mappings += _found(reader, CARRIED)
+    parts = {part: found for part in PARTS if (found := _found(reader, f"{part}."))}
+    for part in parts:
+        if part not in meta:
+            raise CheckpointError(where, f"holds a {part}, but its manifest has no meta.{part}")
+    model = Model(family, config, mappings, parts, {part: meta[part] for part in parts})
+    known = {mapping.megatron for mapping in model.all_mappings}
     extra = sorted(key for key in reader.tensors if key not in known and not key.startswith(OPTIMIZER))
     if extra:
         raise CheckpointError(
-            where, f"tensor {extra[0]} has no place in {family.architecture} ({len(extra)} such tensors)"
+            where, f"tensor {extra[0]} has no place in {family.architectures[0]} ({len(extra)} such tensors)"
         )
-    return Model(family, config, mappings, head, meta.get(VISION_HEAD) or {})
+    return model
 
 
-def _head_mapping(key: str, shape: Shape) -> Mapping:
-    return Mapping(names=(key.removeprefix(VISION_HEAD + "."),), shapes=(shape,), megatron=key, transform=Copy())
-
-
-def _is_of(key: str, part: str) -> bool:
-    return key.startswith(part + ".")
+def _found(reader: Reader, prefix: str) -> list[Mapping]:
+    """The tensors under a prefix, which go to a folder under the rest of their names."""
+    keys = sorted(key for key in reader.tensors if key.startswith(prefix))
+    return [same(key.removeprefix(prefix), reader.tensors[key].shape, prefix) for key in keys]
 
 
 def _files_read(manifest: Manifest, reader: Reader, mappings: Sequence[Mapping]) -> list[str]:
@@ -170,13 +170,14 @@ def _write_weights(folder: Path, reader: Reader, model: Model) -> Iterator[int]:
         write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     for name, shard in zip(names, shards, strict=True):
         yield from write_safetensors(folder / name, shard, reader)
-    if model.head:
-        head_dir = folder / VISION_HEAD
-        head_dir.mkdir()
-        yield from write_safetensors(head_dir / "model.safetensors", _outputs(reader, model.head), reader)
-        write_bytes(head_dir / "config.json", (json.dumps(model.head_config, indent=2) + "\n").encode())
-        write_bytes(head_dir / "README.md", HEAD_README.encode())
-        sync_folder(head_dir)
+    for part, mappings in model.parts.items():
+        part_dir = folder / part
+        part_dir.mkdir()
+        yield from write_safetensors(part_dir / "model.safetensors", _outputs(reader, mappings), reader)
+        write_bytes(part_dir / "config.json", (json.dumps(model.part_configs[part], indent=2) + "\n").encode())
+        readme = PART_README.format(title=part.replace("_", " ").capitalize(), what=PARTS[part])
+        write_bytes(part_dir / "README.md", readme.encode())
+        sync_folder(part_dir)
 
 
 def _outputs(reader: Reader, mappings: Sequence[Mapping]) -> list[Output]:
@@ -202,16 +203,28 @@ def write_safetensors(path: Path, outputs: Sequence[Output], reader: Reader) -> 
     ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
     with hashed_file(path) as stream:
         stream.write(_header(ordered))
-        last: Mapping | None = None
-        parts: tuple[Tensor, ...] = ()
+        cache = _LastPart(reader)
         for output in ordered:
-            if output.mapping is not last:
-                parts = output.mapping.transform.inverse(reader.read(output.mapping.megatron))
-                last = output.mapping
-            part = parts[output.number]
-            assert tuple(part.shape) == output.shape, (output.name, part.shape, output.shape)
-            stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for box in output.mapping.boxes():
+                part = cache.inverse(box)[output.number]
+                stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield output.nbytes
+
+
+class _LastPart:
+    """Reads boxes, and keeps the last: the Hugging Face tensors of a Megatron tensor come one after another."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.box: Box | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def inverse(self, box: Box) -> tuple[Tensor, ...]:
+        if self.box != box:
+            key = box.mapping.megatron
+            whole = self.reader.read(key) if box.slice is None else self.reader.read_slice(key, box.slice)
+            self.box, self.parts = box, box.inverse(whole)
+        return self.parts
 
 
 def _header(outputs: Sequence[Output]) -> bytes:

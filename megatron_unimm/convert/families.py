@@ -3,10 +3,12 @@
 from typing import Any
 
 from megatron_unimm.convert.qwen2_5_vl import QWEN2_5_VL
+from megatron_unimm.convert.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
+from megatron_unimm.convert.siglip import SIGLIP, SIGLIP2
 from megatron_unimm.convert.table import Family
 from megatron_unimm.errors import CheckpointError
 
-FAMILIES: tuple[Family, ...] = (QWEN2_5_VL,)
+FAMILIES: tuple[Family, ...] = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, SIGLIP, SIGLIP2)
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -17,9 +19,9 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES:
-        if family.architecture in architectures:
+        if any(architecture in architectures for architecture in family.architectures):
             return family
-    known = ", ".join(family.architecture for family in FAMILIES)
+    known = ", ".join(architecture for family in FAMILIES for architecture in family.architectures)
     raise CheckpointError(where, f"architectures {architectures} cannot be converted; {known} can")
 
 

@@ -5,8 +5,19 @@ from pathlib import Path
 
 from megatron_unimm.errors import CheckpointError
 
-VISION_HEAD = "vision_head"
-"""Folder in a Hugging Face folder, and prefix of tensors, of the part that Hugging Face's model lacks."""
+PARTS = {
+    "vision_head": "Maps a hidden state of the language model to the next visual token (ORION).",
+    "query_tokens": "Learned tokens that the language model reads after the prompt (MMCORE, HieraQuery).",
+    "connector": "Maps what the language model says of the query tokens to the image generator (MMCORE, HieraQuery).",
+}
+"""Parts that no Hugging Face class has, and what they do: folders in an exported folder, prefixes of tensors."""
+PART_README = """# {title}
+
+{what}
+
+It is no part of the Hugging Face model in the folder above, which loads without it; `unimm convert import` takes it back
+in. `config.json` says how it is built, `model.safetensors` holds its weights.
+"""
 SPARE_BYTES = 64 << 20
 """Room for headers, indices and tokenizer files."""
 COMPANIONS = (

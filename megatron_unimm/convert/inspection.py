@@ -13,7 +13,7 @@ from rich.text import Text
 
 from megatron_unimm.checkpoint.manifest import MARKER, STEP_NAME, is_committed, read_manifest
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.convert.folders import VISION_HEAD
+from megatron_unimm.convert.folders import PARTS
 from megatron_unimm.convert.reader import HfFolder, read_config
 from megatron_unimm.convert.transforms import Shape
 
@@ -55,8 +55,9 @@ def _checkpoint(path: Path) -> Group:
 def _hf_folder(path: Path) -> Group:
     config = read_config(path)
     lines = _hf_lines(path, "")
-    if (path / VISION_HEAD).is_dir():
-        lines += _hf_lines(path / VISION_HEAD, VISION_HEAD + "/")
+    for part in PARTS:
+        if (path / part).is_dir():
+            lines += _hf_lines(path / part, f"{part}/")
     architectures = ", ".join(config.get("architectures") or ["of an unnamed architecture"])
     return Group(Text(f"Hugging Face folder {path}: {architectures}"), _tensor_table(lines))
 

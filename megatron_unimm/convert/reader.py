@@ -84,7 +84,9 @@ class HfFolder(AbstractContextManager["HfFolder"]):
             self._open[info.file] = self._stack.enter_context(safe_open(info.file, framework="pt", device="cpu"))
         return self._open[info.file].get_tensor(info.name)
 
-    def check(self, mappings: Sequence[Mapping], tied: Sequence[TiedTo]) -> None:
+    def check(
+        self, mappings: Sequence[Mapping], tied: Sequence[TiedTo], carried: Callable[[str], bool] = lambda name: False
+    ) -> None:
         """Compare with a family's table.
 
         Raises:
@@ -98,7 +100,7 @@ class HfFolder(AbstractContextManager["HfFolder"]):
                 raise CheckpointError(where, f"tensor {name} {list(shape)} is missing; is the download complete?")
             if info.shape != shape:
                 raise CheckpointError(
-                    where, f"tensor {name} is {list(info.shape)}, but config.json makes it {list(shape)}"
+                    str(info.file), f"tensor {name} is {list(info.shape)}, but config.json makes it {list(shape)}"
                 )
         for mapping in mappings:
             dtypes = {self.tensors[name].dtype for name in mapping.names}
@@ -107,7 +109,8 @@ class HfFolder(AbstractContextManager["HfFolder"]):
                     where, f"tensors {', '.join(mapping.names)} have several dtypes: {sorted(map(str, dtypes))}"
                 )
         self._check_tied(tied)
-        extra = sorted(self.tensors.keys() - expected.keys() - {entry.name for entry in tied})
+        extra = self.tensors.keys() - expected.keys() - {entry.name for entry in tied}
+        extra = sorted(name for name in extra if not carried(name))
         if extra:
             raise CheckpointError(
                 where,

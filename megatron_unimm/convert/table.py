@@ -1,13 +1,17 @@
 """The declared table of a model family: which Hugging Face tensors make which Megatron tensor, for both directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_unimm.config.model import ModelConfig
-from megatron_unimm.convert.transforms import Shape, Transform
+from torch import Tensor
+
+from megatron_unimm.config.base import Section
+from megatron_unimm.convert.transforms import Copy, Shape, Transform
 
 LAYER = "{layer}"
+CARRIED = "carried."
+"""Prefix of tensors that a checkpoint keeps for the way back only (a text tower beside the vision tower we build)."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, repeated for each of ``num_layers`` layers where its names have ``{layer}``."""
+    """One line of the table, repeated for each of ``num_layers`` layers where its names have ``{layer}``.
+
+    With ``num_slices`` (experts), tensors of both sides have a leading axis of that length, and the transform works on
+    one slice at a time, so that no more than one is in memory.
+    """
 
     sources: tuple[Source, ...]
     megatron: str
     transform: Transform
     num_layers: int | None = None
+    num_slices: int | None = None
 
     def __post_init__(self) -> None:
         names = [self.megatron, *(source.pattern for source in self.sources)]
         assert all((LAYER in name) == (self.num_layers is not None) for name in names), names
+        assert self.num_slices is None or all(source.shape[0] == self.num_slices for source in self.sources), names
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,48 @@ class Mapping:
     shapes: tuple[Shape, ...]
     megatron: str
     transform: Transform
+    num_slices: int | None = None
 
     @property
     def megatron_shape(self) -> Shape:
         """Shape of the Megatron tensor."""
-        return self.transform.shape(self.shapes)
+        if self.num_slices is None:
+            return self.transform.shape(self.shapes)
+        return (self.num_slices, *self.transform.shape([shape[1:] for shape in self.shapes]))
+
+    def boxes(self) -> Iterator["Box"]:
+        """The parts of the Megatron tensor that are worked on one at a time: all of it, or its slices."""
+        shape = self.megatron_shape
+        if self.num_slices is None:
+            yield Box(self, None, (0,) * len(shape), shape)
+            return
+        for number in range(self.num_slices):
+            yield Box(self, number, (number, *(0,) * (len(shape) - 1)), (1, *shape[1:]))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a Megatron tensor, and which slice of the sources it comes from (None: all of them)."""
+
+    mapping: Mapping
+    slice: int | None
+    offset: Shape
+    shape: Shape
+
+    def forward(self, sources: Sequence[Tensor]) -> Tensor:
+        """The part, from the whole Hugging Face tensors."""
+        if self.slice is None:
+            return self.mapping.transform.forward(*sources)
+        return self.mapping.transform.forward(*(source[self.slice] for source in sources))[None]
+
+    def inverse(self, part: Tensor) -> tuple[Tensor, ...]:
+        """Of each Hugging Face tensor, the slice or the whole."""
+        return self.mapping.transform.inverse(part if self.slice is None else part[0])
+
+
+def same(name: str, shape: Shape, prefix: str) -> Mapping:
+    """A tensor that both sides have, which Megatron's side calls ``prefix`` and its name."""
+    return Mapping(names=(name,), shapes=(shape,), megatron=prefix + name, transform=Copy())
 
 
 @dataclass(frozen=True)
@@ -55,22 +102,46 @@ class TiedTo:
     same_as: str
 
 
+def _nothing(name: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Family:
     """Everything that converting a kind of model takes."""
 
     name: str
     """What checkpoints record."""
-    architecture: str
-    """``architectures[0]`` of ``config.json``."""
-    to_model_config: Callable[[dict[str, Any], dict[str, int]], ModelConfig]
+    architectures: tuple[str, ...]
+    """``architectures[0]`` of ``config.json``; the first is written where there never was one."""
+    config_class: type[Section]
+    """Our config of it."""
+    to_config: Callable[[dict[str, Any], dict[str, int]], Any]
     """Reads ``config.json`` and the tokenizer's added tokens; raises CheckpointError on what we cannot build."""
-    to_hf_config: Callable[[ModelConfig], dict[str, Any]]
+    to_hf_config: Callable[[Any], dict[str, Any]]
     """Writes ``config.json`` for a model that never had one."""
-    rows: Callable[[ModelConfig], Sequence[Row]]
-    tied: Callable[[ModelConfig], Sequence[TiedTo]]
-    hub_name: Callable[[str], str]
+    rows: Callable[[Any, str], Sequence[Row]]
+    """The table of a model in one of the layouts."""
+    tied: Callable[[Any], Sequence[TiedTo]] = lambda model: ()
+    hub_name: Callable[[str], str] = str
     """Brings a name as some version of transformers writes it to the hub's form."""
+    layouts: tuple[str, ...] = ("hub",)
+    """Forms in which the same tensors are found in folders; the first is written where none was read."""
+    carried: Callable[[str], bool] = _nothing
+    """Whether a tensor, by its hub name, is kept for the way back though we do not build what it belongs to."""
+
+    def mappings(self, model: Any, layout: str) -> list[Mapping]:
+        """The rows with their layers filled in, checked to name every tensor once."""
+        return expand(self.rows(model, layout))
+
+    def layout_of(self, model: Any, shapes: dict[str, Shape]) -> str:
+        """The layout that a folder's tensors have: the one that most of them fit, the first of equals."""
+
+        def fitting(layout: str) -> int:
+            pairs = [pair for m in self.mappings(model, layout) for pair in zip(m.names, m.shapes, strict=True)]
+            return sum(shapes.get(name) == shape for name, shape in pairs)
+
+        return max(self.layouts, key=fitting)
 
 
 def expand(rows: Sequence[Row]) -> list[Mapping]:
@@ -89,4 +160,5 @@ def _fill_in(row: Row, layer: int) -> Mapping:
         shapes=tuple(source.shape for source in row.sources),
         megatron=row.megatron.replace(LAYER, str(layer)),
         transform=row.transform,
+        num_slices=row.num_slices,
     )

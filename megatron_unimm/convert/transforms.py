@@ -6,6 +6,7 @@ They only reorder numbers, so that a round trip is bit-identical in any dtype.
 Legend  h hidden size, n attention heads, g key/value heads (groups), d head size, m MLP width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,20 +117,56 @@ class GateUp:
 
 
 @dataclass(frozen=True)
-class Conv3dToLinear:
-    """A convolution whose stride is its kernel, [h, channels, t, p, p], to the linear layer [h, channels t p p]."""
-
-    channels: int
-    temporal_patch_size: int
-    patch_size: int
+class Transpose:
+    """A matrix [m, h] to [h, m]: products are stored input first on one side and output first on the other."""
 
     def shape(self, sources: Sequence[Shape]) -> Shape:
         (source,) = sources
-        return (source[0], self.channels * self.temporal_patch_size * self.patch_size**2)
+        return source[::-1]
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source.T
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.T,)
+
+
+@dataclass(frozen=True)
+class ConvToLinear:
+    """A convolution whose stride is its kernel, [h, *kernel], to the linear layer [h, product of the kernel].
+
+    ``kernel`` has the input's channels first: (channels, t, p, p) or (channels, p, p).
+    """
+
+    kernel: Shape
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return (source[0], math.prod(self.kernel))
 
     def forward(self, *sources: Tensor) -> Tensor:
         (source,) = sources
         return source.reshape(source.shape[0], -1)
 
     def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return (tensor.reshape(-1, self.channels, self.temporal_patch_size, self.patch_size, self.patch_size),)
+        return (tensor.reshape(-1, *self.kernel),)
+
+
+@dataclass(frozen=True)
+class ChannelsFirst:
+    """A linear layer over patches stored pixel by pixel, [h, p p channels], to one channel by channel,
+    [h, channels p p]."""
+
+    channels: int
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return source
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source.reshape(source.shape[0], -1, self.channels).transpose(1, 2).reshape(source.shape)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.reshape(tensor.shape[0], self.channels, -1).transpose(1, 2).reshape(tensor.shape),)

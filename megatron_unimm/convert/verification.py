@@ -11,20 +11,27 @@ from torch import Tensor
 from megatron_unimm.checkpoint.manifest import MARKER, check_files, read_manifest
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.convert.export import OPTIMIZER
-from megatron_unimm.convert.families import family_of
-from megatron_unimm.convert.folders import VISION_HEAD
-from megatron_unimm.convert.import_ import read_mapped
 from megatron_unimm.convert.progress import progress
-from megatron_unimm.convert.reader import HfFolder, read_added_tokens, read_config
-from megatron_unimm.convert.table import expand
+from megatron_unimm.convert.source import HfModel
+
+
+Place = tuple[str, int | None]
+"""A Megatron tensor's name, and which slice of it where it is worked on in slices."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's tensors under their Megatron names: how large each is, and how to read one."""
+    """A model's tensors under their Megatron names: how large each is, and how to read a part of one."""
 
     nbytes: dict[str, int]
-    read: Callable[[str], Tensor]
+    slices: dict[str, int]
+    """Of tensors that are better read in parts, the length of the leading axis."""
+    read: Callable[[Place], Tensor]
+
+    def parts(self, name: str) -> list[Place]:
+        """What to read of a tensor, one after another."""
+        count = self.slices.get(name)
+        return [(name, None)] if count is None else [(name, number) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,20 @@ def verify(a: Path, b: Path) -> VerifyReport:
         common = [name for name in left.nbytes if name in right.nbytes]
         with progress("verify", sum(left.nbytes[name] for name in common)) as advance:
             for name in common:
-                difference = _difference(left.read(name), right.read(name))
+                difference = _first_difference(left, right, name)
                 if difference:
                     differences.append(f"{name}: {difference}")
                 advance(left.nbytes[name])
     return VerifyReport(len(common), sum(left.nbytes[name] for name in common), tuple(differences))
+
+
+def _first_difference(left: Weights, right: Weights, name: str) -> str:
+    places = left if name in left.slices else right
+    for place in places.parts(name):
+        difference = _difference(left.read(place), right.read(place))
+        if difference:
+            return difference if place[1] is None else f"slice {place[1]}: {difference}"
+    return ""
 
 
 def _difference(left: Tensor, right: Tensor) -> str:
@@ -103,23 +119,24 @@ def _checkpoint_weights(path: Path, stack: ExitStack) -> Weights:
     check_files(path, manifest, manifest.files)
     reader = stack.enter_context(Reader(path))
     nbytes = {key: entry.nbytes for key, entry in reader.tensors.items() if not key.startswith(OPTIMIZER)}
-    return Weights(nbytes, reader.read)
+    return Weights(nbytes, {}, lambda place: reader.read(place[0]) if place[1] is None else reader.read_slice(*place))
 
 
 def _hf_weights(path: Path, stack: ExitStack) -> Weights:
-    config = read_config(path)
-    family = family_of(config, str(path / "config.json"))
-    model = family.to_model_config(config, read_added_tokens(path))
-    mappings = {mapping.megatron: mapping for mapping in expand(family.rows(model))}
-    folder = stack.enter_context(HfFolder(path, family.hub_name))
-    folder.check(list(mappings.values()), family.tied(model))
-    nbytes = {key: sum(folder.tensors[name].nbytes for name in mapping.names) for key, mapping in mappings.items()}
-    if not (path / VISION_HEAD).is_dir():
-        return Weights(nbytes, lambda key: read_mapped(folder, mappings[key]))
-    head = stack.enter_context(HfFolder(path / VISION_HEAD))
-    nbytes |= {f"{VISION_HEAD}.{name}": info.nbytes for name, info in head.tensors.items()}
+    entries = {entry.mapping.megatron: entry for entry in stack.enter_context(HfModel(path)).entries}
+    boxes = {name: list(entry.mapping.boxes()) for name, entry in entries.items()}
 
-    def read(key: str) -> Tensor:
-        return read_mapped(folder, mappings[key]) if key in mappings else head.read(key.removeprefix(VISION_HEAD + "."))
+    def read(place: Place) -> Tensor:
+        name, number = place
+        if number is None and len(boxes[name]) > 1:
+            return torch.cat([entries[name].read(box) for box in boxes[name]])
+        return entries[name].read(boxes[name][number or 0])
 
-    return Weights(nbytes, read)
+    return Weights(
+        nbytes={
+            name: sum(entry.folder.tensors[source].nbytes for source in entry.mapping.names)
+            for name, entry in entries.items()
+        },
+        slices={name: count for name, entry in entries.items() if (count := entry.mapping.num_slices) is not None},
+        read=read,
+    )

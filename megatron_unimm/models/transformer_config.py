@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
-from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, VisionEncoder
+from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, SiglipConfig, VisionEncoder
 from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
 from megatron_unimm.parallel.platform import Platform
 
@@ -63,7 +63,9 @@ def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, pla
     return TransformerConfig(**fields)
 
 
-def vision_transformer_config(model: VisionEncoder, system: SystemConfig, platform: Platform) -> TransformerConfig:
+def vision_transformer_config(
+    model: VisionEncoder | SiglipConfig, system: SystemConfig, platform: Platform
+) -> TransformerConfig:
     """The vision tower's configuration: tensor parallel, whole on the first pipeline stage, the row's images on
     every context rank."""
     fields: dict[str, Any] = dict(

@@ -22,8 +22,16 @@ from megatron_unimm.cli.main import run
 from megatron_unimm.config.model import MoEConfig, VisionHeadConfig
 from megatron_unimm.convert import export, export_checkpoint, import_checkpoint, inspect_path, reader, verify
 from megatron_unimm.convert.qwen2_5_vl import QWEN2_5_VL, hub_name, to_hf_config, to_model_config
-from megatron_unimm.convert.table import expand
-from megatron_unimm.convert.transforms import Conv3dToLinear, Copy, FusedQkv, GateUp, QkvInterleave, Transform
+from megatron_unimm.convert.transforms import (
+    ChannelsFirst,
+    ConvToLinear,
+    Copy,
+    FusedQkv,
+    GateUp,
+    QkvInterleave,
+    Transform,
+    Transpose,
+)
 from megatron_unimm.errors import CheckpointError
 
 # config.json of Qwen/Qwen2.5-VL-7B-Instruct and -3B-Instruct, as on the hub, without values that concern sampling.
@@ -187,7 +195,9 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         (FusedQkv(num_heads=2), [(18, 5)]),
         (FusedQkv(num_heads=2), [(18,)]),
         (GateUp(), [(4, 3), (4, 3)]),
-        (Conv3dToLinear(channels=3, temporal_patch_size=2, patch_size=4), [(5, 3, 2, 4, 4)]),
+        (ConvToLinear(kernel=(3, 2, 4, 4)), [(5, 3, 2, 4, 4)]),
+        (Transpose(), [(4, 3)]),
+        (ChannelsFirst(channels=3), [(5, 12)]),
     ],
 )
 def test_transforms_are_exact_both_ways(transform: Transform, shapes: list[tuple[int, ...]]) -> None:
@@ -209,7 +219,7 @@ def test_layouts_against_their_definition() -> None:
     assert FusedQkv(num_heads=2).forward(torch.cat([q[:4], k, v])).tolist() == per_head
     assert GateUp().forward(torch.tensor([1, 2]), torch.tensor([3, 4])).tolist() == [1, 2, 3, 4]
     conv, patches = torch.randn(4, 3, 2, 2, 2).double(), torch.randn(5, 3, 2, 2, 2).double()
-    linear = Conv3dToLinear(channels=3, temporal_patch_size=2, patch_size=2).forward(conv)
+    linear = ConvToLinear(kernel=(3, 2, 2, 2)).forward(conv)
     expected = torch.nn.functional.conv3d(patches, conv, stride=2).flatten(1)
     torch.testing.assert_close(patches.flatten(1) @ linear.T, expected)
 
@@ -224,7 +234,7 @@ def test_the_table_is_the_published_model(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         reference = Qwen2_5_VLForConditionalGeneration(hf_config)
     shapes = {hub_name(name): tuple(tensor.shape) for name, tensor in reference.named_parameters()}
-    mappings = expand(QWEN2_5_VL.rows(model))
+    mappings = QWEN2_5_VL.mappings(model, "hub")
     assert {name: shape for m in mappings for name, shape in zip(m.names, m.shapes, strict=True)} == shapes
     # 28 · 12 + 3 and 32 · 14 + 6; the 3B ties its output layer.
     assert len(shapes) == {28: 729, 36: 824}[model.backbone.num_layers]
@@ -474,7 +484,7 @@ def test_half_downloaded_folders(hf: Path) -> None:
 def test_folders_of_other_kinds(hf: Path, tmp_path: Path) -> None:
     change_config(hf, architectures=["LlamaForCausalLM"])
     assert (
-        "architectures ['LlamaForCausalLM'] cannot be converted; Qwen2_5_VLForConditionalGeneration can"
+        "architectures ['LlamaForCausalLM'] cannot be converted; Qwen2_5_VLForConditionalGeneration, Qwen3VL"
         in import_error(hf)
     )
     (hf / "config.json").write_text("{")

@@ -32,20 +32,31 @@ class Qwen3VisionEncoder(MegatronModule):
         layers = [layer_spec(backend, causal=False) for _ in range(model.num_layers)]
         self.blocks = TappedBlock(config, block_spec(backend, layers), post_layer_norm=False, pg_collection=groups)
         self.merger = PatchMerger(model, config, groups)
-        self.deepstack_mergers = torch.nn.ModuleList(
-            PatchMerger(model, config, groups, joined_norm=True) for _ in model.deepstack_layers
-        )
+        self.deepstack_mergers = DeepstackMergers(model, config, groups)
 
     def forward(self, images: VisionInput) -> Tensor:
         """Features ``[V, (1 + K) out_size]`` of all images: the visual token, then its K deepstack levels."""
         assert images.positions is not None
         hidden = self.patch_embed(images.patches) + self._position(images.positions)  # [P, H]
         hidden, taps = self.blocks(hidden[:, None], images.context, self.model.deepstack_layers)  # [P, 1, H] each
-        levels = [merger(tap) for merger, tap in zip(self.deepstack_mergers, taps, strict=True)]  # K x [V, out_size]
+        levels = self.deepstack_mergers(taps)  # K x [V, out_size]
         return torch.cat([self.merger(hidden), *levels], dim=-1)  # [V, (1 + K) out_size]
 
     def _position(self, table: PositionTable) -> Tensor:
         return (self.position_embed(table.index) * table.weight[..., None]).sum(1)  # [P, H]
+
+
+class DeepstackMergers(MegatronModule):
+    """A merger for each level. (Megatron-Core's checkpoints see through its own modules, not through a ModuleList.)"""
+
+    def __init__(self, model: Qwen3VisionConfig, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+        super().__init__(config)
+        for number in range(len(model.deepstack_layers)):
+            self.add_module(str(number), PatchMerger(model, config, groups, joined_norm=True))
+
+    def forward(self, taps_P1H: list[Tensor]) -> list[Tensor]:
+        """K layers' outputs to K levels ``[V, out_size]``."""
+        return [merger(tap) for merger, tap in zip(self.children(), taps_P1H, strict=True)]
 
 
 class TappedBlock(TransformerBlock):
