@@ -48,5 +48,10 @@ for stage in warm_up pretrain sft; do
         train configs/orion/shapes.yaml --stage "$stage" --run-dir "$run" "${layout[@]}" "$@"
 done
 
+step "Exporting to Hugging Face, and asking plain transformers the same questions"
+rm -rf "$run/exported"
+unimm convert export --from "$run" --to "$run/exported"
+python tools/compare_with_transformers.py "$run" "$run/exported"
+
 python tools/summarize_run.py "$run"
 echo "Curves: tensorboard --logdir $run    Talk to it: unimm chat --model $run"

@@ -196,6 +196,26 @@ def _check_is_finished(directory: Path) -> None:
     )
 
 
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that a folder is or holds: itself, or the newest of a stage's or run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (folder / MANIFEST).is_file():
+        return folder
+    own = latest(folder) or latest(folder / "checkpoints")
+    if own is not None:
+        return own
+    found = [step for stage in sorted(folder.glob("*/checkpoints")) if (step := latest(stage)) is not None]
+    if found:
+        return max(found, key=lambda step: (step / MARKER).stat().st_mtime_ns)
+    read_meta(folder)  # says what the folder is instead, if it knows
+    raise CheckpointError(
+        str(folder), "holds no finished checkpoint; give a folder of `unimm convert import` or of a training run"
+    )
+
+
 def read_meta(directory: Path) -> dict[str, Any]:
     """What was saved beside the tensors.
 

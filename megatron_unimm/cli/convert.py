@@ -26,14 +26,22 @@ def import_(source: Path, target: Path) -> None:
     import_checkpoint(source, target)
 
 
-@convert.command(epilog="Example: unimm convert export --from runs/orion/sft/checkpoints/last --to exported")
-@click.option("--from", "source", required=True, type=EXISTING, metavar="CKPT_DIR", help="Megatron checkpoint.")
+@convert.command(epilog="Example: unimm convert export --from runs/orion --to exported")
+@click.option(
+    "--from",
+    "source",
+    required=True,
+    type=EXISTING,
+    metavar="CKPT_DIR",
+    help="Megatron checkpoint; of a run's or a stage's folder the newest is taken.",
+)
 @click.option("--to", "target", required=True, type=FOLDER, metavar="HF_DIR", help="Folder to write.")
 def export(source: Path, target: Path) -> None:
     """Turn a Megatron checkpoint into a Hugging Face folder."""
+    from megatron_unimm.checkpoint.manifest import find_checkpoint
     from megatron_unimm.convert import export_checkpoint
 
-    export_checkpoint(source, target)
+    export_checkpoint(find_checkpoint(source), target)
 
 
 @convert.command(epilog="Example: unimm convert inspect checkpoints/qwen2_5_vl_7b")

@@ -56,6 +56,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe (head, less) has gone. Point stdout elsewhere, or Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        # A full disk, a folder that may not be written: the reader can do something about it.
+        if error.strerror is None:
+            raise
+        return _report(f"{error.filename or 'file system'}: {error.strerror.lower()}")
     return code if isinstance(code, int) else 0
 
 

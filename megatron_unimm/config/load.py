@@ -1,7 +1,8 @@
 """From recipe files and command line to a typed recipe, and back to text.
 
 A recipe file holds shared defaults at its top (``model``, ``method``, ``data``, ``train``, ``system``,
-``base_checkpoint``) and named ``stages`` whose values override them. ``base: other.yaml`` starts from another file.
+``base_checkpoint``) and named ``stages`` whose values override them. ``base: other.yaml`` starts from another file,
+``base: [one.yaml, other.yaml]`` from several, later ones on top (how to train, and which model).
 Mappings merge key by key; lists and scalars replace. Precedence, lowest first: shared defaults of the base file, those
 of the file, the stage in the base file, the stage in the file, the command line.
 
@@ -93,7 +94,7 @@ def select_stage(recipe: Recipe, name: str | None) -> StageConfig:
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Written:
-    """A file merged onto its chain of ``base`` files; ``chain`` holds the files that led here."""
+    """A file merged onto its ``base`` files; ``chain`` holds the files that led here."""
     if path.resolve() in [seen.resolve() for seen in chain]:
         raise ConfigError("base", "files that name each other as base: " + " -> ".join(str(p) for p in (*chain, path)))
     root = _read_file(path)
@@ -101,9 +102,12 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Written:
     base = root.mapping.pop("base", None)
     if base is None:
         return root
-    if not isinstance(base.scalar, str):
-        raise ConfigError("base", f"wanted the name of a recipe file {base.place}, got {show(plain(base))}")
-    return merged(_read_with_bases(path.parent / base.scalar, (*chain, path)), root)
+    names = [plain(item) for item in base.items] if base.items else [base.scalar]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError("base", f"wanted a recipe file or a list of them {base.place}, got {show(plain(base))}")
+    for name in reversed(names):
+        root = merged(_read_with_bases(path.parent / name, (*chain, path)), root)
+    return root
 
 
 def _read_file(path: Path) -> Written:

@@ -66,7 +66,7 @@ class VisionEncoderConfig(Section):
 class Qwen25VisionConfig(VisionEncoderConfig):
     """Qwen2.5-VL's tower: RMSNorm, gated MLP, windowed and full attention (arXiv 2502.13923, section 2.1.1)."""
 
-    kind: Literal["qwen2_5"]
+    family: Literal["qwen2_5"]
     window_size: int = Field(default=112, gt=0)
     """Side of an attention window in pixels."""
     full_attention_layers: list[int] = Field(default_factory=list)
@@ -78,7 +78,7 @@ class Qwen3VisionConfig(VisionEncoderConfig):
     """Qwen3-VL's tower: LayerNorm, plain MLP, full attention, learned positions besides rotary ones, deepstack (Qwen3-VL
     technical report, arXiv 2511.21631, section 2)."""
 
-    kind: Literal["qwen3"]
+    family: Literal["qwen3"]
     patch_size: int = Field(default=16, gt=0)
     """Side of a patch in pixels."""
     image_mean: list[float] = Field(default=[0.5, 0.5, 0.5], min_length=3, max_length=3)
@@ -100,7 +100,7 @@ class Qwen3VisionConfig(VisionEncoderConfig):
         return self
 
 
-VisionEncoder = Annotated[Qwen25VisionConfig | Qwen3VisionConfig, Field(discriminator="kind")]
+VisionEncoder = Annotated[Qwen25VisionConfig | Qwen3VisionConfig, Field(discriminator="family")]
 
 
 class SiglipConfig(Section):
@@ -109,7 +109,7 @@ class SiglipConfig(Section):
     SigLIP 2's models of one resolution are ``siglip``.
     """
 
-    kind: Literal["siglip", "siglip2"]
+    family: Literal["siglip", "siglip2"]
     """How learned positions are brought to another grid: bicubic, or bilinear with antialiasing."""
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)

@@ -58,13 +58,21 @@ def plain(tree: Written) -> Any:
 
 
 def merged(under: Written, over: Written) -> Written:
-    """``over`` laid on ``under``; where both are mappings, key by key."""
-    if under.mapping is None or over.mapping is None:
+    """``over`` laid on ``under``; where both are mappings, key by key.
+
+    A section of another ``family`` replaces the one below it: the keys of one family mean nothing to another.
+    """
+    if under.mapping is None or over.mapping is None or _family(over) not in (None, _family(under)):
         return over.copy()
     mapping = {key: value.copy() for key, value in under.mapping.items()}
     for key, value in over.mapping.items():
         mapping[key] = merged(mapping[key], value) if key in mapping else value.copy()
     return Written(None, over.key, over.place, mapping)
+
+
+def _family(tree: Written) -> Any:
+    assert tree.mapping is not None
+    return tree.mapping["family"].scalar if "family" in tree.mapping else None
 
 
 def parse_yaml(text: str, where: str, place: Place, key: str) -> Written:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_unimm.checkpoint.torch_dist import INDEX as CHECKPOINT_INDEX
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.base import Section
 from megatron_unimm.convert.families import family_named
-from megatron_unimm.convert.folders import PART_README, PARTS, check_target
+from megatron_unimm.convert.folders import PART_README, PARTS, check_target, nothing_half_written
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.reader import DTYPES, INDEX
 from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
@@ -71,12 +71,17 @@ def export_checkpoint(ckpt_dir: Path, hf_dir: Path) -> None:
         total = sum(reader.tensors[mapping.megatron].nbytes for mapping in model.all_mappings)
         check_target(hf_dir, total)
         check_files(ckpt_dir, manifest, _files_read(manifest, reader, model.all_mappings))
-        temporary = temporary_name(hf_dir)
-        remove_stale(hf_dir)
-        temporary.mkdir(parents=True)
-        with progress("export", total) as advance:
-            for count in _write_weights(temporary, reader, model):
-                advance(count)
+        with nothing_half_written(hf_dir), progress("export", total) as advance:
+            _write_folder(hf_dir, ckpt_dir, reader, model, advance)
+
+
+def _write_folder(hf_dir: Path, ckpt_dir: Path, reader: Reader, model: Model, advance: Callable[[int], None]) -> None:
+    """All files under a temporary name, then the name: a folder that is there is whole."""
+    temporary = temporary_name(hf_dir)
+    remove_stale(hf_dir)
+    temporary.mkdir(parents=True)
+    for count in _write_weights(temporary, reader, model):
+        advance(count)
     _write_companions(temporary, ckpt_dir, model, _dtype(reader, model.mappings))
     sync_folder(temporary)
     if hf_dir.exists():

@@ -1,8 +1,11 @@
 """What import and export share about folders: room on the disk, targets, and the files beside the weights."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_unimm.checkpoint.manifest import MANIFEST, MARKER, temporary_name
 from megatron_unimm.errors import CheckpointError
 
 PARTS = {
@@ -50,13 +53,26 @@ def companions(folder: Path) -> list[Path]:
 def check_target(target: Path, nbytes: int) -> None:
     """Refuse a target that exists already, and one without room for ``nbytes``.
 
+    A checkpoint whose writer was killed just before it put the marker on it does not count as existing: it is replaced.
+
     Raises:
         CheckpointError: with what to do.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    unfinished = (target / MANIFEST).is_file() and not (target / MARKER).is_file()
+    if target.exists() and not unfinished and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(str(target), "exists already; choose another name or delete it")
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < nbytes + SPARE_BYTES:
         needed = (nbytes + SPARE_BYTES) / 1e9
         raise CheckpointError(str(target), f"needs {needed:.1f} GB, but {free / 1e9:.1f} GB are free there; make room")
+
+
+@contextmanager
+def nothing_half_written(target: Path) -> Iterator[None]:
+    """Remove what was written towards ``target`` if the block ends with an error or an interrupt."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(temporary_name(target), ignore_errors=True)
+        raise

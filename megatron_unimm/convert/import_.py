@@ -8,7 +8,7 @@ from typing import Any
 from megatron_unimm.checkpoint.folder import save_files
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Piece, serialise, write_pieces
-from megatron_unimm.convert.folders import check_target, companions
+from megatron_unimm.convert.folders import check_target, companions, nothing_half_written
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.source import Entry, HfModel
 
@@ -35,7 +35,7 @@ def import_checkpoint(hf_dir: Path, ckpt_dir: Path) -> None:
         pieces = [piece for entry in model.entries for piece in _pieces(entry)]
         total = sum(piece.nbytes for piece in pieces)
         check_target(ckpt_dir, total)
-        with progress("import", total) as advance:
+        with nothing_half_written(ckpt_dir), progress("import", total) as advance:
             save_files(
                 ckpt_dir,
                 # One file at a time, so that one tensor at a time is in memory.

@@ -115,7 +115,7 @@ def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None 
 
 def _vision_config(vision: dict[str, Any]) -> Qwen25VisionConfig:
     return Qwen25VisionConfig(
-        kind="qwen2_5",
+        family="qwen2_5",
         num_layers=vision["depth"],
         hidden_size=vision["hidden_size"],
         num_heads=vision["num_heads"],

@@ -182,7 +182,7 @@ def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None 
 
 def _vision_config(vision: dict[str, Any]) -> Qwen3VisionConfig:
     return Qwen3VisionConfig(
-        kind="qwen3",
+        family="qwen3",
         num_layers=vision["depth"],
         hidden_size=vision["hidden_size"],
         num_heads=vision["num_heads"],

@@ -72,7 +72,7 @@ def rows(model: SiglipConfig, layout: str = "vision_model") -> list[Row]:
 
 def _patch_embed(model: SiglipConfig) -> tuple[tuple[int, ...], Transform]:
     """Shape on the hub, and how it becomes our linear layer over patches of (channel, row, column)."""
-    if model.kind == "siglip2":
+    if model.family == "siglip2":
         return (model.hidden_size, model.patch_dim), ChannelsFirst(model.in_channels)
     kernel = (model.in_channels, model.patch_size, model.patch_size)
     return (model.hidden_size, *kernel), ConvToLinear(kernel)
@@ -93,11 +93,11 @@ def to_siglip_config(config: dict[str, Any], added_tokens: dict[str, int] | None
     activation = vision.get("hidden_act", ACTIVATION)
     if activation != ACTIVATION:
         raise CheckpointError("config.json", f"hidden_act is {activation!r}; only {ACTIVATION!r} is built")
-    kind = "siglip2" if str(config.get("model_type", "")).startswith("siglip2") else "siglip"
-    positions = vision["num_patches"] if kind == "siglip2" else (vision["image_size"] // vision["patch_size"]) ** 2
+    family = "siglip2" if str(config.get("model_type", "")).startswith("siglip2") else "siglip"
+    positions = vision["num_patches"] if family == "siglip2" else (vision["image_size"] // vision["patch_size"]) ** 2
     return reading_config(
         lambda: SiglipConfig(
-            kind=kind,
+            family=family,
             num_layers=vision["num_hidden_layers"],
             hidden_size=vision["hidden_size"],
             num_heads=vision["num_attention_heads"],
@@ -113,10 +113,10 @@ def to_siglip_config(config: dict[str, Any], added_tokens: dict[str, int] | None
 
 def to_hf_config(model: SiglipConfig) -> dict[str, Any]:
     """``config.json`` of a vision tower that was not imported."""
-    name = "Siglip2VisionModel" if model.kind == "siglip2" else "SiglipVisionModel"
+    name = "Siglip2VisionModel" if model.family == "siglip2" else "SiglipVisionModel"
     config: dict[str, Any] = {
         "architectures": [name],
-        "model_type": f"{model.kind}_vision_model",
+        "model_type": f"{model.family}_vision_model",
         "hidden_size": model.hidden_size,
         "intermediate_size": model.mlp_size,
         "num_hidden_layers": model.num_layers,
@@ -127,7 +127,7 @@ def to_hf_config(model: SiglipConfig) -> dict[str, Any]:
         "layer_norm_eps": model.norm_epsilon,
         "vision_use_head": model.pooling_head,
     }
-    if model.kind == "siglip2":
+    if model.family == "siglip2":
         return config | {"num_patches": model.num_position_embeddings}
     # SigLIP 400M of patch 14 has 27 × 27 patches of 384 pixels, which leaves 6 pixels over; 378 give the same model.
     return config | {"image_size": math.isqrt(model.num_position_embeddings) * model.patch_size}

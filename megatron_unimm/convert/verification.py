@@ -14,7 +14,6 @@ from megatron_unimm.convert.export import OPTIMIZER
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.source import HfModel
 
-
 Place = tuple[str, int | None]
 """A Megatron tensor's name, and which slice of it where it is worked on in slices."""
 
@@ -119,7 +118,12 @@ def _checkpoint_weights(path: Path, stack: ExitStack) -> Weights:
     check_files(path, manifest, manifest.files)
     reader = stack.enter_context(Reader(path))
     nbytes = {key: entry.nbytes for key, entry in reader.tensors.items() if not key.startswith(OPTIMIZER)}
-    return Weights(nbytes, {}, lambda place: reader.read(place[0]) if place[1] is None else reader.read_slice(*place))
+
+    def read(place: Place) -> Tensor:
+        name, number = place
+        return reader.read(name) if number is None else reader.read_slice(name, number)
+
+    return Weights(nbytes, {}, read)
 
 
 def _hf_weights(path: Path, stack: ExitStack) -> Weights:

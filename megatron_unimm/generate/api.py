@@ -14,13 +14,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_unimm.checkpoint.folder import HF_FOLDER
-from megatron_unimm.checkpoint.manifest import read_meta
+from megatron_unimm.checkpoint.manifest import find_checkpoint, read_meta
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, concat_patches, image_order, prompt_tokens
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError, UserError
-from megatron_unimm.generate.checkpoint import find_checkpoint, generation_stage
+from megatron_unimm.generate.checkpoint import generation_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, Stream, decode
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.generate.staged import GenerativeChunk, StagedModel, decoding_mode

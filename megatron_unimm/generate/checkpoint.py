@@ -1,37 +1,14 @@
-"""From a folder that a person names to a checkpoint, and to the stage that builds its model for generation."""
+"""From a checkpoint to the stage that builds its model for generation."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from megatron_unimm.checkpoint.manifest import MANIFEST, MARKER, latest, read_meta
 from megatron_unimm.config.methods import OrionConfig
 from megatron_unimm.config.model import ModelConfig, VisionHeadConfig
 from megatron_unimm.config.parallel import ParallelConfig, PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.config.train import ScheduleConfig, TrainableRule, TrainConfig
-from megatron_unimm.errors import CheckpointError
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint that a folder is or holds: itself, or the newest of a stage's or run's folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (folder / MANIFEST).is_file():
-        return folder
-    own = latest(folder) or latest(folder / "checkpoints")
-    if own is not None:
-        return own
-    found = [step for stage in sorted(folder.glob("*/checkpoints")) if (step := latest(stage)) is not None]
-    if found:
-        return max(found, key=lambda step: (step / MARKER).stat().st_mtime_ns)
-    read_meta(folder)  # says what the folder is instead, if it knows
-    raise CheckpointError(
-        str(folder), "holds no finished checkpoint; give a folder of `unimm convert import` or of a training run"
-    )
 
 
 def generation_stage(

@@ -9,7 +9,7 @@ from megatron_unimm.errors import ConfigError
 
 MODEL = """
 model:
-  vision_encoder: {kind: qwen2_5, num_layers: 2, hidden_size: 64, num_heads: 4, mlp_size: 128, out_size: 128}
+  vision_encoder: {family: qwen2_5, num_layers: 2, hidden_size: 64, num_heads: 4, mlp_size: 128, out_size: 128}
   backbone:
     num_layers: 4
     hidden_size: 128
@@ -115,6 +115,34 @@ def test_base_files_chain(recipe: Path) -> None:
     assert top.name == "top"
     assert [stage.train.steps for stage in top.stages.values()] == [20, 30]
     assert [stage.train.seed for stage in top.stages.values()] == [3, 3]
+
+
+def test_several_bases(recipe: Path) -> None:
+    """Later ones on top, the file itself on top of all."""
+    Path("seed.yaml").write_text("train: {seed: 5, steps: 7}\n")
+    Path("top.yaml").write_text("base: [small.yaml, seed.yaml]\nname: top\nstages: {sft: {train: {steps: 30}}}\n")
+    stages = load_recipe("top.yaml").stages.values()
+    assert [(stage.train.seed, stage.train.steps) for stage in stages] == [(5, 7), (5, 30)]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{num_layers: 2,", "model.vision_encoder.family: missing for stage warm_up"),
+        ("{family: qwen, num_layers: 2,", "model.vision_encoder.family: wanted one of qwen2_5, qwen3, got qwen in"),
+    ],
+)
+def test_the_family_of_a_tower_must_be_known(recipe: Path, written: str, message: str) -> None:
+    path = edited("{family: qwen2_5, num_layers: 2,", written)
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path)
+    assert message in str(error.value)
+
+
+def test_another_family_replaces_the_section(recipe: Path) -> None:
+    tower = "{family: qwen3, num_layers: 3, hidden_size: 64, num_heads: 4, mlp_size: 128, out_size: 128}"
+    encoder = load_recipe(recipe, [f"model.vision_encoder={tower}"]).stages["sft"].model.vision_encoder
+    assert (encoder.family, encoder.num_layers, encoder.patch_size) == ("qwen3", 3, 16)
 
 
 def test_anchors_and_merge_keys(recipe: Path) -> None:
@@ -239,7 +267,7 @@ def test_refused_overrides(recipe: Path, override: str, message: str) -> None:
         ("steps: 10", "7: 10", "train.7: wanted a string as key"),
         ("steps: 10", "steps: [", "edited.yaml: not valid YAML:"),
         ("steps: 10", "steps: &a [*a]", "train.steps.0: contains itself in edited.yaml:21"),
-        ("name: small", "base: 5", "base: wanted the name of a recipe file in edited.yaml:1, got 5"),
+        ("name: small", "base: 5", "base: wanted a recipe file or a list of them in edited.yaml:1, got 5"),
         ("name: small", "name: small\nafter: sft", "after: unknown key in edited.yaml:2"),
         ("  sft:", "  sft: 5", "stages.sft: wanted a section (keys and values) in edited.yaml:"),
         ("  sft:", "  sft: {name: stf}", "stages.sft.name: stf in edited.yaml:"),

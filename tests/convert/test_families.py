@@ -190,9 +190,7 @@ def start_workers(tasks: list[tuple[int, dict[str, Any]]]) -> None:
     for ranks in sorted({ranks for ranks, _ in tasks}):
         plan = json.dumps([task for wanted, task in tasks if wanted == ranks])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run(
-            [*command, str(WORKER), plan], capture_output=True, text=True, timeout=600, check=False
-        )
+        done = subprocess.run([*command, str(WORKER), plan], capture_output=True, text=True, timeout=600, check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
         assert done.returncode == 0, "\n".join(errors[-30:])
 
@@ -225,7 +223,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("case", "layout"), [(case, layout) for case in CASES for layout in case.layouts], ids=lambda x: getattr(x, "name", x)
+    ("case", "layout"),
+    [(case, layout) for case in CASES for layout in case.layouts],
+    ids=lambda x: getattr(x, "name", x),
 )
 def test_logits_are_those_of_transformers(case: Case, layout: str, results: Path) -> None:
     reference, found = (np.load(results / case.name / f"{name}.npy") for name in ("reference", layout))

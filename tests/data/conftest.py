@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_unimm.config.data import DataConfig, ImageSizeConfig
-from megatron_unimm.config.model import BackboneConfig, ModelConfig, TokenIds, Qwen25VisionConfig
+from megatron_unimm.config.model import BackboneConfig, ModelConfig, Qwen25VisionConfig, TokenIds
 from megatron_unimm.data.chat import SPECIAL_TOKENS, ChatFormat, ChatTokenizer
 
 # As Qwen2.5-VL's template writes text and images (tools and videos left out).
@@ -47,7 +47,9 @@ def model(tokenizer_folder: Path) -> ModelConfig:
     backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     token_ids = {field: backend.token_to_id(text) for field, text in SPECIAL_TOKENS.items()}
     return ModelConfig(
-        vision_encoder=Qwen25VisionConfig(kind="qwen2_5", num_layers=1, hidden_size=32, num_heads=2, mlp_size=32, out_size=32),
+        vision_encoder=Qwen25VisionConfig(
+            family="qwen2_5", num_layers=1, hidden_size=32, num_heads=2, mlp_size=32, out_size=32
+        ),
         backbone=BackboneConfig(
             num_layers=1,
             hidden_size=32,

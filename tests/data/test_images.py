@@ -18,7 +18,9 @@ EXIF_ORIENTATION = 0x0112
 
 
 def encoder(**fields) -> Qwen25VisionConfig:
-    return Qwen25VisionConfig(kind="qwen2_5", num_layers=1, hidden_size=8, num_heads=1, mlp_size=8, out_size=8, **fields)
+    return Qwen25VisionConfig(
+        family="qwen2_5", num_layers=1, hidden_size=8, num_heads=1, mlp_size=8, out_size=8, **fields
+    )
 
 
 def random_image(width: int, height: int, seed: int = 0) -> np.ndarray:

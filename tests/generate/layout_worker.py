@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tiny_checkpoint import picture, prompts, stage_config
 
+from megatron_unimm.checkpoint.manifest import find_checkpoint
 from megatron_unimm.generate.api import Generator
-from megatron_unimm.generate.checkpoint import find_checkpoint
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup

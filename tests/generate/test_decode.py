@@ -9,13 +9,13 @@ import torch
 from tiny_checkpoint import HIDDEN, V, picture, prompts
 from torch import Tensor
 
+from megatron_unimm.checkpoint.manifest import find_checkpoint
 from megatron_unimm.config.load import dump
 from megatron_unimm.data.chat import layout_sample
 from megatron_unimm.data.images import Image
 from megatron_unimm.data.sample import Sample, Turn
 from megatron_unimm.errors import CheckpointError, ConfigError
 from megatron_unimm.generate.api import Generator
-from megatron_unimm.generate.checkpoint import find_checkpoint
 from megatron_unimm.generate.decode import Answer, Prompt
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.generate.session import Session

@@ -17,7 +17,18 @@ TOLERANCE = 1e-4
 """Relative, of losses and norms, and of each gradient's norm. Measured worst case: see the table that `pytest -s`
 prints."""
 WORKER = Path(__file__).with_name("worker.py")
-MOE = ("model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 48}",)
+# Three levels for four layers: one travels between two stages, two between four chunks.
+DEEPSTACK = (
+    "{family: qwen3, num_layers: 4, hidden_size: 32, num_heads: 4, mlp_size: 48, patch_size: 8, out_size: 64,"
+    " num_position_embeddings: 36, deepstack_layers: [0, 1, 3]}"
+)
+MODELS = {
+    "dense": (),
+    "moe": ("model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 48}",),
+    "deepstack": (f"model.vision_encoder={DEEPSTACK}", "model.backbone.mrope_interleaved=true"),
+}
+SP = "system.parallel.sequence=true"
+FULL_RECOMPUTE = "system.recompute={granularity: full, num_layers: 1}"
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Layout:
     name: str
     ranks: int
     overrides: tuple[str, ...]
-    moe: bool = False
+    model: str = "dense"
 
 
 LAYOUTS = [
@@ -38,12 +49,22 @@ LAYOUTS = [
     Layout(
         "tp2_sp_pp2", 4, ("system.parallel.tensor=2", "system.parallel.sequence=true", "system.parallel.pipeline=2")
     ),
-    Layout("ep2", 2, ("system.parallel.expert=2",), moe=True),
+    Layout("ep2", 2, ("system.parallel.expert=2",), model="moe"),
     Layout(
         "ep2_tp2",
         4,
         ("system.parallel.expert=2", "system.parallel.tensor=2", "system.parallel.sequence=true"),
-        moe=True,
+        model="moe",
+    ),
+    Layout("tp2_sp_levels", 2, ("system.parallel.tensor=2", SP), model="deepstack"),
+    Layout("cp2_levels", 2, ("system.parallel.context=2",), model="deepstack"),
+    Layout("pp2_vpp2_levels", 2, ("system.parallel.pipeline=2", "system.parallel.virtual_pipeline=2"), "deepstack"),
+    Layout("recomputed_levels", 1, (FULL_RECOMPUTE,), model="deepstack"),
+    Layout(
+        "tp2_sp_pp2_levels",
+        4,
+        ("system.parallel.tensor=2", SP, "system.parallel.pipeline=2", FULL_RECOMPUTE),
+        model="deepstack",
     ),
 ]
 
@@ -65,30 +86,30 @@ def start_worker(ranks: int, tasks: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """Results of one rank and of every layout: {mixture of experts: folder}."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Results of one rank and of every layout, by model."""
     root = tmp_path_factory.mktemp("layouts")
     write_shapes(root / "data", count=120, seed=3)
     data = [
         f"data.sources.{kind}.path={root}/data/train/{kind}.jsonl"
         for kind in ("understanding", "text_to_image", "editing")
     ]
-    made = {moe: root / ("moe" if moe else "dense") for moe in (False, True)}
+    made = {model: root / model for model in MODELS}
 
-    def task(name: str, moe: bool, *overrides: str) -> dict:
-        return {"folder": str(made[moe]), "name": name, "overrides": [*data, *(MOE if moe else ()), *overrides]}
+    def task(name: str, model: str, *overrides: str) -> dict:
+        return {"folder": str(made[model]), "name": name, "overrides": [*data, *MODELS[model], *overrides]}
 
     for folder in made.values():
         folder.mkdir()
-    start_worker(1, [task(name, moe) for moe in made for name in ("init", "one_rank")])
+    start_worker(1, [task(name, model) for model in made for name in ("init", "one_rank")])
     for ranks in sorted({layout.ranks for layout in LAYOUTS}):
         start_worker(
-            ranks, [task(layout.name, layout.moe, *layout.overrides) for layout in LAYOUTS if layout.ranks == ranks]
+            ranks, [task(layout.name, layout.model, *layout.overrides) for layout in LAYOUTS if layout.ranks == ranks]
         )
     return made
 
 
-def test_reference_has_every_kind(folders: dict[bool, Path]) -> None:
+def test_reference_has_every_kind(folders: dict[str, Path]) -> None:
     """The comparison means something: three kinds of sample, three loss terms above zero, gradients in every part."""
     for folder in folders.values():
         first = json.loads((folder / "one_rank.json").read_text())["steps"][0]
@@ -98,9 +119,9 @@ def test_reference_has_every_kind(folders: dict[bool, Path]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_layout_equals_one_rank(layout: Layout, folders: dict[bool, Path]) -> None:
+def test_layout_equals_one_rank(layout: Layout, folders: dict[str, Path]) -> None:
     """Losses and gradient norms of three steps, and every tensor's gradient of the first."""
-    folder = folders[layout.moe]
+    folder = folders[layout.model]
     expected, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one_rank", layout.name))
     worst_loss = 0.0
     for number, (reference, step) in enumerate(zip(expected["steps"], found["steps"], strict=True)):

@@ -79,6 +79,8 @@ class DeepstackLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """``[t, 1, H]`` and the levels, unchanged."""
         hidden, levels = super().forward(*args, **kwargs)
+        assert isinstance(hidden, Tensor)
+        assert levels is not None, "the first chunk always gets its levels, zeros where there is no image"
         return hidden + levels[self.level], levels
 
 

@@ -79,9 +79,7 @@ def _context(
     positions: np.ndarray, bounds: dict[str, np.ndarray], config: VisionEncoder, patches: Tensor
 ) -> PackedContext:
     angles = grid_angles(_to_device(positions, patches), config.hidden_size // config.num_heads)
-    segments = {
-        kind: Segments.build(ends, causal=False, device=patches.device) for kind, ends in bounds.items()
-    }
+    segments = {kind: Segments.build(ends, causal=False, device=patches.device) for kind, ends in bounds.items()}
     return PackedContext.with_angles(angles, patches.dtype, segments=segments)
 
 

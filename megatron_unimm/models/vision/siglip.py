@@ -79,7 +79,7 @@ class SiglipVisionEncoder(MegatronModule):
         return torch.cat([resampled[grid].to(table.dtype) for grid in grids])
 
     def _resample(self, table_1Hss: Tensor, grid: tuple[int, int]) -> Tensor:
-        if self.model.kind == "siglip":
+        if self.model.family == "siglip":
             resized = F.interpolate(table_1Hss, grid, mode="bicubic", align_corners=False)
         else:
             resized = F.interpolate(table_1Hss, grid, mode="bilinear", align_corners=False, antialias=True)
