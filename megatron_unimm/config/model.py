@@ -75,8 +75,8 @@ class Qwen25VisionConfig(VisionEncoderConfig):
 
 
 class Qwen3VisionConfig(VisionEncoderConfig):
-    """Qwen3-VL's tower: LayerNorm, plain MLP, full attention, learned positions besides rotary ones, deepstack (Qwen3-VL
-    technical report, arXiv 2511.21631, section 2)."""
+    """Qwen3-VL's tower: LayerNorm, plain MLP, full attention, learned positions besides rotary ones, deepstack
+    (technical report, arXiv 2511.21631, section 2)."""
 
     family: Literal["qwen3"]
     patch_size: int = Field(default=16, gt=0)

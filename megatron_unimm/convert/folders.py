@@ -18,8 +18,8 @@ PART_README = """# {title}
 
 {what}
 
-It is no part of the Hugging Face model in the folder above, which loads without it; `unimm convert import` takes it back
-in. `config.json` says how it is built, `model.safetensors` holds its weights.
+It is no part of the Hugging Face model in the folder above, which loads without it; `unimm convert import` takes it
+back in. `config.json` says how it is built, `model.safetensors` holds its weights.
 """
 SPARE_BYTES = 64 << 20
 """Room for headers, indices and tokenizer files."""

@@ -36,11 +36,11 @@ def rows(model: SiglipConfig, layout: str = "vision_model") -> list[Row]:
     qkv = QkvInterleave(model.num_heads, model.num_heads, h // model.num_heads)
     patch, transform = _patch_embed(model)
 
-    def one(name: str, megatron: str, shape: tuple[int, ...], transform: Transform = Copy()) -> Row:
-        return Row((Source(f"{theirs}{name}", shape),), megatron, transform)
+    def one(name: str, megatron: str, shape: tuple[int, ...]) -> Row:
+        return Row((Source(f"{theirs}{name}", shape),), megatron, Copy())
 
     table = [
-        one("embeddings.patch_embedding.weight", "patch_embed.weight", patch, transform),
+        Row((Source(f"{theirs}embeddings.patch_embedding.weight", patch),), "patch_embed.weight", transform),
         one("embeddings.patch_embedding.bias", "patch_embed.bias", (h,)),
         one("embeddings.position_embedding.weight", "position_embed.weight", (model.num_position_embeddings, h)),
     ]

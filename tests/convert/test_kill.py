@@ -113,7 +113,8 @@ def test_killed_just_before_the_marker(source: Path, tmp_path: Path, monkeypatch
         patch.setattr(manifest, "write_bytes", killed_at_marker)
         with pytest.raises(Killed):
             import_checkpoint(source, target)
-    assert target.is_dir() and not is_committed(target)
+    assert target.is_dir()
+    assert not is_committed(target)
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):
         export_checkpoint(target, tmp_path / "back")
     import_checkpoint(source, target)
