@@ -116,6 +116,10 @@ def test_reference_has_every_kind(folders: dict[str, Path]) -> None:
         assert first["kinds"] == ["editing", "text_to_image", "understanding"]
         assert min(first["losses"]) > 1e-4
         assert min(first["modules"]) > 1e-6
+    with Reader(folders["deepstack"] / "one_rank") as gradients:
+        for level in range(3):
+            key = f"vision_encoder.deepstack_mergers.{level}.linear_fc2.weight"
+            assert gradients.read(key).norm() > 1e-6, "every level reaches the loss"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
