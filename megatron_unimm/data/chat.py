@@ -110,7 +110,7 @@ def layout_sample(sample: Sample, chat: ChatFormat) -> TokenizedSample:
     Raises:
         SampleError: an image header cannot be read, or the sample is longer than ``data.sequence_length``.
     """
-    sizes = [images.image_size(path, chat.data.max_image_pixels) for path in sample.images]
+    sizes = [images.image_size(file, chat.data.max_image_pixels) for file in sample.images]
     turns = _with_system_prompt(sample.turns, chat.data.system_prompt)
     layout = _layout(sample.id, sample.kind, turns, sizes, chat)
     if len(layout) > chat.data.sequence_length:

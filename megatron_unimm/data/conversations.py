@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_unimm.config.data import SampleKind, SourceConfig
 from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.sample import Sample, Turn
 from megatron_unimm.errors import ConfigError, DataError
 
@@ -74,15 +75,15 @@ class ConversationSource:
                 where, f"{num_marks} {IMAGE_MARK} marks but {len(images)} images; give one path per mark", "image count"
             )
         _check_kind(turns, self.kind, where)
-        paths = tuple(self._image_path(image, where) for image in images)
-        return Sample(id=f"{self.name}/{item.get('id', index)}", kind=self.kind, turns=turns, images=paths)
+        files = tuple(self._image(image, where) for image in images)
+        return Sample(id=f"{self.name}/{item.get('id', index)}", kind=self.kind, turns=turns, images=files)
 
     def where(self, index: int) -> str:
         """The place of a sample for messages: ``file.jsonl:17`` (line, from 1), or ``file.json[16]`` (item of the
         array, from 0)."""
         return self._items.where(index)
 
-    def _image_path(self, image: str, where: str) -> Path:
+    def _image(self, image: str, where: str) -> DiskImage:
         # Compared as text: a link inside the folder may lead elsewhere, that is how people mount large image sets.
         path = os.path.normpath(os.path.join(self._images, image))
         if not Path(path).is_relative_to(self._images):
@@ -91,7 +92,7 @@ class ConversationSource:
             )
         if not os.path.isfile(path):
             raise SampleError(where, f"no image file {path}", "missing image")
-        return Path(path)
+        return DiskImage(Path(path))
 
 
 def open_sources(sources: Mapping[str, SourceConfig]) -> dict[str, ConversationSource]:

@@ -5,9 +5,9 @@ Layouts: images are uint8 (H, W, 3), RGB; patches are float32 [P, patch_dim].
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from PIL import Image
 from megatron_unimm.config.data import ImageSizeConfig
 from megatron_unimm.config.model import VisionEncoderConfig
 from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.image_files import ImageFile
 
 # Data files come from anywhere, so only formats that Pillow decodes itself; EPS, for one, would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
@@ -31,18 +32,18 @@ TRANSPOSE = {
 }
 
 
-def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
+def image_size(file: ImageFile, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels of an image as it will be decoded, from its header alone.
 
     Raises:
         SampleError: the file is no image of a known format, or has more than ``max_pixels`` pixels.
     """
-    with _open(path, max_pixels) as image:
+    with _open(file, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
-def decode(path: Path, max_pixels: int) -> np.ndarray:
+def decode(file: ImageFile, max_pixels: int) -> np.ndarray:
     """Decodes the first frame to uint8 (H, W, 3).
 
     The EXIF orientation is applied, what is transparent becomes white, and 16-bit values keep their high byte.
@@ -50,7 +51,7 @@ def decode(path: Path, max_pixels: int) -> np.ndarray:
     Raises:
         SampleError: the file is no image of a known format, is damaged, or has more than ``max_pixels`` pixels.
     """
-    with _open(path, max_pixels) as image:
+    with _open(file, max_pixels) as image:
         orientation = _orientation(image)
         try:
             pixels = _to_rgb(image)
@@ -60,7 +61,7 @@ def decode(path: Path, max_pixels: int) -> np.ndarray:
             Exception
         ) as error:  # Pillow's decoders raise what they stumble over: OSError, SyntaxError, struct.error …
             what = f"cannot be decoded ({type(error).__name__}: {error})"
-            raise SampleError(str(path), what, "unreadable image") from error
+            raise SampleError(str(file), what, "unreadable image") from error
     if orientation in TRANSPOSE:
         pixels = pixels.transpose(TRANSPOSE[orientation])
     return np.asarray(pixels)
@@ -123,27 +124,28 @@ def _normalised(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     return ((np.arange(256) / 255.0 - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
 
 
-def load_patches(path: Path, grid: np.ndarray, encoder: VisionEncoderConfig, max_pixels: int) -> np.ndarray:
+def load_patches(file: ImageFile, grid: np.ndarray, encoder: VisionEncoderConfig, max_pixels: int) -> np.ndarray:
     """Decodes an image and brings it to the grid planned from its header: float32 [P, patch_dim].
 
     Raises:
         SampleError: as :func:`decode`.
     """
     height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
-    return patchify(resize(decode(path, max_pixels), width, height), encoder)[0]
+    return patchify(resize(decode(file, max_pixels), width, height), encoder)[0]
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(path, formats=FORMATS)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise SampleError(str(path), f"is no readable image ({error})", "unreadable image") from error
-    width, height = image.size
-    if not 0 < width * height <= max_pixels:
-        image.close()
-        what = f"{width}x{height} is {width * height} pixels, data.max_image_pixels allows {max_pixels}"
-        raise SampleError(str(path), what, "image too large")
-    return image
+@contextmanager
+def _open(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
+    with ExitStack() as stack:
+        try:
+            image = stack.enter_context(Image.open(stack.enter_context(file.open()), formats=FORMATS))
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            raise SampleError(str(file), f"is no readable image ({error})", "unreadable image") from error
+        width, height = image.size
+        if not 0 < width * height <= max_pixels:
+            what = f"{width}x{height} is {width * height} pixels, data.max_image_pixels allows {max_pixels}"
+            raise SampleError(str(file), what, "image too large")
+        yield image
 
 
 def _orientation(image: Image.Image) -> int:

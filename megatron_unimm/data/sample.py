@@ -4,12 +4,12 @@ Layouts: L tokens of one sample, T tokens of a packed row, P patches, N images, 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from megatron_unimm.config.data import SampleKind
+from megatron_unimm.data.image_files import ImageFile
 
 IGNORED_LABEL = -100
 """Label of a position without cross entropy."""
@@ -30,7 +30,7 @@ class Sample:
     id: str
     kind: SampleKind
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...]
+    images: tuple[ImageFile, ...]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import decode
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.data.shapes import QUESTION_TYPES, heldout_questions, render_array
@@ -44,7 +45,7 @@ def load_questions(data: Path | None, count: int) -> list[QuestionItem]:
     path = list_file(data, "questions.jsonl")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
     return [
-        QuestionItem(decode(path.parent / r["image"], MAX_IMAGE_PIXELS), r["question"], r["answer"], r["type"])
+        QuestionItem(decode(DiskImage(path.parent / r["image"]), MAX_IMAGE_PIXELS), r["question"], r["answer"], r["type"])
         for r in records
     ]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import decode
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.data.shapes import render_array, retrieval_pairs
@@ -67,7 +68,7 @@ def load_pairs(data: Path | None, count: int) -> list[CaptionItem]:
     if len(records) < NUM_CANDIDATES:
         raise DataError(str(path), f"has {len(records)} pairs, a caption needs {NUM_CANDIDATES} candidate pictures")
     return [
-        CaptionItem(record["caption"], decode(path.parent / record["image"], MAX_IMAGE_PIXELS)) for record in records
+        CaptionItem(record["caption"], decode(DiskImage(path.parent / record["image"]), MAX_IMAGE_PIXELS)) for record in records
     ]
 
 

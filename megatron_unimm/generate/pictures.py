@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import decode
 from megatron_unimm.generate.decode import GeneratedImage
 
@@ -18,7 +19,7 @@ def read_pictures(files: Sequence[Path]) -> list[np.ndarray]:
     Raises:
         DataError: a file is no image, damaged, or larger than 64 megapixels.
     """
-    return [decode(file, MAX_IMAGE_PIXELS) for file in files]
+    return [decode(DiskImage(file), MAX_IMAGE_PIXELS) for file in files]
 
 
 def write_visual_tokens(pictures: Sequence[GeneratedImage], file: Path) -> Path:

@@ -69,8 +69,8 @@ def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
     """
     meta = read_meta(directory)
     if "architecture" in meta:
-        theirs = flatten(ModelConfig.model_validate(meta["architecture"]).model_dump())
-        ours = flatten(model.model_dump())
+        theirs = flatten(meta["architecture"])
+        ours = flatten(model.model_dump(mode="json"))
         for field, value in ours.items():
             if theirs.get(field) != value:
                 raise CheckpointError(

@@ -19,6 +19,7 @@ from megatron_unimm.data.chat import (
     tokenize_sample,
 )
 from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import decode, patchify, resize
 from megatron_unimm.data.sample import IGNORED_LABEL, Sample, Turn
 from megatron_unimm.errors import ConfigError
@@ -34,7 +35,7 @@ SHORT = {
 
 
 def sample_of(*turns: Turn, images=(), kind="text_to_image") -> Sample:
-    return Sample(id="s", kind=kind, turns=turns, images=tuple(images))
+    return Sample(id="s", kind=kind, turns=turns, images=tuple(DiskImage(path) for path in images))
 
 
 def draw(ids, chat) -> str:
@@ -91,7 +92,7 @@ def test_target_after_input_points_into_merged_features(make_chat, tmp_path, wri
     assert got.target_index.tolist() == [4, 5, 6, 7]
     assert (got.predict_index == got.visual_index[4:] - 1).all()
     assert got.input_ids[got.predict_index[0]] == chat.tokenizer.token_ids.vision_start
-    expected = [patchify(resize(decode(path, 10**6), 56, 56), chat.encoder)[0] for path in paths]
+    expected = [patchify(resize(decode(DiskImage(path), 10**6), 56, 56), chat.encoder)[0] for path in paths]
     np.testing.assert_array_equal(got.patches, np.concatenate(expected))
 
 
@@ -199,7 +200,7 @@ def test_prompt_is_what_training_saw_before_the_answer(make_chat, tmp_path, writ
         Turn("assistant", ("No",)),
     )
     trained = tokenize_sample(sample_of(*turns, images=paths), chat)
-    prompt = prompt_tokens(turns[:-1], [decode(path, 10**6) for path in paths], chat)
+    prompt = prompt_tokens(turns[:-1], [decode(DiskImage(path), 10**6) for path in paths], chat)
     length = len(prompt)
     assert trained.labels[length - 1] == chat.tokenizer.encode("No")[0]
     np.testing.assert_array_equal(prompt.input_ids, trained.input_ids[:length])
@@ -209,7 +210,7 @@ def test_prompt_is_what_training_saw_before_the_answer(make_chat, tmp_path, writ
     assert (prompt.labels == IGNORED_LABEL).all()
     assert not prompt.is_target.any()
     assert len(prompt.predict_index) == len(prompt.target_index) == 0
-    opened = prompt_tokens(turns[:-1], [decode(path, 10**6) for path in paths], chat, open_image=True)
+    opened = prompt_tokens(turns[:-1], [decode(DiskImage(path), 10**6) for path in paths], chat, open_image=True)
     assert opened.input_ids.tolist() == [*prompt.input_ids, chat.tokenizer.token_ids.vision_start]
     assert (opened.position_ids[:, -1] == prompt.position_ids.max() + 1).all()
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_unimm.config.data import SourceConfig
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.conversations import ConversationSource, open_sources
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.sample import Turn
@@ -35,7 +36,7 @@ def test_orion_example(tmp_path, write_jsonl, write_image):
     }
     (tmp_path / "data.json").write_text(json.dumps([example]))
     sample = open_file(tmp_path / "data.json", kind="text_to_image")[0]
-    assert (sample.id, sample.kind, sample.images) == ("src/0", "text_to_image", (tmp_path / "000.jpg",))
+    assert (sample.id, sample.kind, sample.images) == ("src/0", "text_to_image", (DiskImage(tmp_path / "000.jpg"),))
     assert sample.turns == (Turn("user", (prompt,)), Turn("assistant", (0,)))
 
 
@@ -51,7 +52,7 @@ def test_images_are_numbered_over_turns(tmp_path, write_jsonl, write_image):
     source = open_file(write_jsonl(tmp_path / "d.jsonl", [entry]), images=str(tmp_path / "img"))
     sample = source[0]
     assert [turn.parts for turn in sample.turns] == [("S",), (0, "\nand ", 1, " differ"), ("Yes: ", 2)]
-    assert [path.name for path in sample.images] == ["a.png", "b.png", "c.png"]
+    assert [file.name for file in sample.images] == ["a.png", "b.png", "c.png"]
 
 
 def test_random_access_equals_reading_all(tmp_path):

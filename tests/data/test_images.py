@@ -11,6 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from megatron_unimm.config.data import ImageSizeConfig
 from megatron_unimm.config.model import Qwen25VisionConfig
 from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import TRANSPOSE, decode, image_size, load_patches, patchify, resize, target_size
 
 LIMIT = 1_000_000
@@ -88,8 +89,8 @@ def test_exif_orientation(tmp_path, suffix, orientation):
     stored.save(path, exif=exif, quality=100, lossless=True, subsampling=0) if suffix != "tiff" else stored.save(
         path, exif=exif
     )
-    assert image_size(path, LIMIT) == (40, 24)
-    assert np.abs(decode(path, LIMIT).astype(int) - upright).max() <= 3  # JPEG
+    assert image_size(DiskImage(path), LIMIT) == (40, 24)
+    assert np.abs(decode(DiskImage(path), LIMIT).astype(int) - upright).max() <= 3  # JPEG
 
 
 def test_transparency_is_white(tmp_path):
@@ -98,7 +99,7 @@ def test_transparency_is_white(tmp_path):
     rgba[:, 1] = (255, 0, 0, 0)
     rgba[:, 2] = (0, 0, 0, 128)
     Image.fromarray(rgba).save(tmp_path / "a.png")
-    row = decode(tmp_path / "a.png", LIMIT)[0].tolist()
+    row = decode(DiskImage(tmp_path / "a.png"), LIMIT)[0].tolist()
     assert row == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
 
 
@@ -108,7 +109,7 @@ def test_palette_transparency_is_white(tmp_path):
     image.putpixel((1, 0), 1)
     for name in ("a.png", "a.gif"):
         image.save(tmp_path / name, transparency=1)
-        assert decode(tmp_path / name, LIMIT)[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+        assert decode(DiskImage(tmp_path / name), LIMIT)[0].tolist() == [[10, 20, 30], [255, 255, 255]]
 
 
 def test_modes(tmp_path):
@@ -118,7 +119,7 @@ def test_modes(tmp_path):
     Image.fromarray(np.full((2, 2), 0x8001, dtype=np.uint16)).save(tmp_path / "grey16.png")
     Image.fromarray(np.full((2, 2), 0x8001, dtype=np.uint16)).save(tmp_path / "grey16.tiff")
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
-    values = {path.name: decode(path, LIMIT)[0, 0].tolist() for path in tmp_path.iterdir()}
+    values = {path.name: decode(DiskImage(path), LIMIT)[0, 0].tolist() for path in tmp_path.iterdir()}
     red = values.pop("cmyk.jpg")
     assert red[0] >= 250 and max(red[1:]) <= 5  # noqa: PT018
     assert values == {
@@ -140,7 +141,7 @@ def test_16_bit_rgb_keeps_the_high_byte(tmp_path):
     pixel = zlib.compress(b"\0" + struct.pack(">HHH", 0x8001, 0x00FF, 0xFFFF))
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
     (tmp_path / "a.png").write_bytes(content)
-    assert decode(tmp_path / "a.png", LIMIT)[0, 0].tolist() == [0x80, 0, 0xFF]
+    assert decode(DiskImage(tmp_path / "a.png"), LIMIT)[0, 0].tolist() == [0x80, 0, 0xFF]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
@@ -152,7 +153,7 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
         append_images=frames[1:],
         **({"lossless": True} if suffix == "webp" else {}),
     )
-    assert decode(tmp_path / f"a.{suffix}", LIMIT)[0, 0].tolist() == [255, 0, 0]
+    assert decode(DiskImage(tmp_path / f"a.{suffix}"), LIMIT)[0, 0].tolist() == [255, 0, 0]
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
@@ -161,9 +162,9 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     (tmp_path / "a.png").write_bytes(content[:60])  # nothing but the header is left to read
     for read in (image_size, decode):
         with pytest.raises(SampleError, match=r"100x50 is 5000 pixels, data\.max_image_pixels allows 4999") as caught:
-            read(tmp_path / "a.png", 4999)
+            read(DiskImage(tmp_path / "a.png"), 4999)
         assert caught.value.fault == "image too large"
-    assert image_size(tmp_path / "a.png", 5000) == (100, 50)
+    assert image_size(DiskImage(tmp_path / "a.png"), 5000) == (100, 50)
 
 
 def test_damage(tmp_path):
@@ -175,24 +176,24 @@ def test_damage(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
     for name in ("text.png", "eps.png", "absent.png"):
         with pytest.raises(SampleError, match=f"{name}: is no readable image"):
-            image_size(tmp_path / name, LIMIT)
+            image_size(DiskImage(tmp_path / name), LIMIT)
     for name in ("cut.png", "cut.jpg"):
-        assert image_size(tmp_path / name, LIMIT) == (64, 64)
+        assert image_size(DiskImage(tmp_path / name), LIMIT) == (64, 64)
         with pytest.raises(SampleError, match=f"{name}: cannot be decoded") as caught:
-            decode(tmp_path / name, LIMIT)
+            decode(DiskImage(tmp_path / name), LIMIT)
         assert caught.value.fault == "unreadable image"
 
 
 def test_damaged_exif_is_ignored(tmp_path):
     Image.fromarray(random_image(32, 16)).save(tmp_path / "a.jpg", exif=b"Exif\0\0garbage that is no TIFF header")
-    assert image_size(tmp_path / "a.jpg", LIMIT) == (32, 16)
-    assert decode(tmp_path / "a.jpg", LIMIT).shape == (16, 32, 3)
+    assert image_size(DiskImage(tmp_path / "a.jpg"), LIMIT) == (32, 16)
+    assert decode(DiskImage(tmp_path / "a.jpg"), LIMIT).shape == (16, 32, 3)
 
 
 def test_load_patches_follows_the_planned_grid(tmp_path):
     Image.fromarray(random_image(200, 90)).save(tmp_path / "a.png")
     config = encoder()
-    patches = load_patches(tmp_path / "a.png", np.array([1, 4, 8]), config, LIMIT)
+    patches = load_patches(DiskImage(tmp_path / "a.png"), np.array([1, 4, 8]), config, LIMIT)
     expected, grid = patchify(resize(random_image(200, 90), 112, 56), config)
     assert grid.tolist() == [1, 4, 8]
     np.testing.assert_array_equal(patches, expected)
