@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -231,7 +232,7 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str], *, ha
     Raises:
         CheckpointError: a file is absent, has another size or, with ``hashes``, another content; names the file.
     """
-    for name in names:
+    def check(name: str) -> None:
         record, path = manifest.files[name], directory / name
         if not path.is_file():
             raise _damaged(path, "the file is missing")
@@ -240,6 +241,11 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str], *, ha
             raise _damaged(path, f"it has {size} bytes instead of {record.bytes}")
         if hashes and hash_file(path) != record.sha256:
             raise _damaged(path, "its content changed since it was written (sha256 differs)")
+
+    # Two at a time: one is read while another is hashed.
+    with ThreadPoolExecutor(2, "checkpoint-hash") as pool:
+        for _ in pool.map(check, names):
+            pass
 
 
 def share_of_files(manifest: Manifest, rank: int, size: int) -> list[str]:

@@ -14,9 +14,9 @@ from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import (
     Manifest,
     check_files,
-    hashed_file,
     read_manifest,
     remove_stale,
+    sync_file,
     sync_folder,
     temporary_name,
     write_bytes,
@@ -206,7 +206,7 @@ def write_safetensors(path: Path, outputs: Sequence[Output], reader: Reader) -> 
     """Write one file: the header, then the tensors one by one. Yields the bytes of each."""
     # Wide dtypes first, so that every tensor is aligned to its own size.
     ordered = sorted(outputs, key=lambda output: -output.dtype.itemsize)
-    with hashed_file(path) as stream:
+    with path.open("wb") as stream:
         stream.write(_header(ordered))
         cache = _LastPart(reader)
         for output in ordered:
@@ -214,6 +214,7 @@ def write_safetensors(path: Path, outputs: Sequence[Output], reader: Reader) -> 
                 part = cache.inverse(box)[output.number]
                 stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield output.nbytes
+        sync_file(stream)
 
 
 class _LastPart:

@@ -29,7 +29,7 @@ class Entry:
 
     def read(self, box: Box) -> Tensor:
         """A part of it, made from the files."""
-        return box.forward([self.folder.read(name) for name in self.mapping.names])
+        return box.forward([self.folder.read(name, box.slice) for name in self.mapping.names])
 
 
 class HfModel(AbstractContextManager["HfModel"]):

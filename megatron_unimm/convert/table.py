@@ -79,10 +79,9 @@ class Box:
     shape: Shape
 
     def forward(self, sources: Sequence[Tensor]) -> Tensor:
-        """The part, from the whole Hugging Face tensors."""
-        if self.slice is None:
-            return self.mapping.transform.forward(*sources)
-        return self.mapping.transform.forward(*(source[self.slice] for source in sources))[None]
+        """The part, from the Hugging Face tensors, or the slice of each."""
+        part = self.mapping.transform.forward(*sources)
+        return part if self.slice is None else part[None]
 
     def inverse(self, part: Tensor) -> tuple[Tensor, ...]:
         """Of each Hugging Face tensor, the slice or the whole."""

@@ -414,8 +414,8 @@ def test_one_tensor_at_a_time(models: dict[str, Path], tmp_path: Path, monkeypat
     built: list[int] = []
     read, write_piece = reader.HfFolder.read, torch_dist._write_piece
 
-    def counted_read(folder: reader.HfFolder, name: str) -> Tensor:
-        tensor = read(folder, name)
+    def counted_read(folder: reader.HfFolder, name: str, number: int | None = None) -> Tensor:
+        tensor = read(folder, name, number)
         alive.add(id(tensor))
         weakref.finalize(tensor, alive.discard, id(tensor))
         most.append(len(alive))
