@@ -1,4 +1,5 @@
-"""Two rules of the architecture: imports point one way, and only a few files name the device."""
+"""Three rules of the architecture: imports point one way, only a few files name the device, and only some import what
+may be absent."""
 
 import ast
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ MAY_SAY_CUDA = {
     "cli/doctor.py": "tells how to get CUDA",
 }
 """Files that may say "cuda" outside comments and docstrings, and why."""
+
+MAY_IMPORT = {"nvidia": ("data/decode/dali.py",)}
+"""Optional packages, and the files that may import them; these files are imported where the package is asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +116,35 @@ def test_the_table_of_files_is_tight(package: Path) -> None:
     saying = {path for path, tree in modules(package) if any(says_cuda(tree))}
     unused = [allowed for allowed in MAY_SAY_CUDA if not any(fnmatch(path, allowed) for path in saying)]
     assert not unused
+
+
+def imported_packages(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and top-level name of every import, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.lineno, node.module.split(".")[0]
+
+
+def test_optional_packages_are_imported_in_one_place(package: Path) -> None:
+    found = {
+        (name, path) for path, tree in modules(package) for _, name in imported_packages(tree) if name in MAY_IMPORT
+    }
+    assert found == {(name, path) for name, paths in MAY_IMPORT.items() for path in paths}
+
+
+def test_importers_of_optional_packages_are_imported_late(package: Path) -> None:
+    """Inside functions only, so that the package loads without them."""
+    late = {
+        f"{PACKAGE}.{path.removesuffix('.py').replace('/', '.')}" for paths in MAY_IMPORT.values() for path in paths
+    }
+    early = [
+        f"{PACKAGE}/{path}:{node.lineno}"
+        for path, tree in modules(package)
+        for node in tree.body
+        if (isinstance(node, ast.ImportFrom) and node.module in late)
+        or (isinstance(node, ast.Import) and any(alias.name in late for alias in node.names))
+    ]
+    assert not early

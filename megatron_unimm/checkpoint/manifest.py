@@ -232,6 +232,7 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str], *, ha
     Raises:
         CheckpointError: a file is absent, has another size or, with ``hashes``, another content; names the file.
     """
+
     def check(name: str) -> None:
         record, path = manifest.files[name], directory / name
         if not path.is_file():

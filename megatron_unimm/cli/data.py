@@ -1,8 +1,8 @@
 """``unimm data``: make the Shapes world, look into data."""
 
-import json
-import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,14 @@ import click
 from megatron_unimm.errors import DataError
 
 if TYPE_CHECKING:
-    from megatron_unimm.data.conversations import ConversationSource
+    from rich.progress import TaskID
+
+    from megatron_unimm.config.data import SampleKind
+    from megatron_unimm.data.faults import SampleError
     from megatron_unimm.data.sample import Sample
+    from megatron_unimm.data.sources.source import Source
+
+KIND = click.Choice(["understanding", "text_to_image", "editing", "reconstruction", "interleaved"])
 
 
 @click.group()
@@ -35,85 +41,173 @@ def shapes(to: Path, count: int, seed: int) -> None:
         click.echo(f"{_count_lines(path):8d}  {name:16s}{path}")
 
 
-@data.command(epilog="Example: unimm data inspect data/shapes/train --count 2")
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
-@click.option("--count", default=3, show_default=True, type=click.IntRange(min=0), help="Samples to show of each file.")
+@data.command(epilog="Example: unimm data inspect data/shapes/train --count 8 --sheet shapes.png")
+@click.argument("path")
+@click.option(
+    "--count", default=3, show_default=True, type=click.IntRange(min=0), help="Samples to show of each source."
+)
+@click.option("--images", default="", metavar="DIR", help="Folder that image paths are relative to.")
+@click.option("--kind", default="understanding", show_default=True, type=KIND, help="What captions are made into.")
 @click.option("--check", is_flag=True, help="Read every sample and list those that cannot be used; exit code 1 if any.")
-def inspect(path: Path, count: int, check: bool) -> int:
-    """Show samples as text. PATH is a file of conversations (JSON, JSONL), a shard (tar), or a folder of these."""
-    files = _data_files(path)
-    if not files:
-        raise DataError(str(path), "holds no *.jsonl, *.json or *.tar files")
-    faults = 0
-    for file in files:
-        faults += _show_shard(file, count) if file.suffix == ".tar" else _show_conversations(file, count, check)
-    return 1 if faults else 0
-
-
-def _data_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    # index.json is written by `data shapes` and holds no conversations.
-    return sorted(
-        f for p in ("*.jsonl", "*.json", "*.tar", "shards/*.tar") for f in path.glob(p) if f.name != "index.json"
-    )
-
-
-def _show_conversations(file: Path, count: int, check: bool) -> int:
-    """Returns the number of samples that cannot be used, among those that were read."""
+@click.option("--decode", is_flag=True, help="With --check: decode every image as well.")
+@click.option(
+    "--sheet", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the shown samples as a picture."
+)
+def inspect(
+    path: str, count: int, images: str, kind: "SampleKind", check: bool, decode: bool, sheet: Path | None
+) -> int:
+    """Show samples as text. PATH is a file of conversations (JSON, JSONL), WebDataset shards (x-{0000..0099}.tar),
+    Parquet files, a folder of one of these or of images with captions, or a folder of several such sources."""
     from megatron_unimm.config.data import SourceConfig
-    from megatron_unimm.data.conversations import ConversationSource
+    from megatron_unimm.data.sources.opening import open_source
 
-    # Kind "understanding" takes any conversation; the others insist on an image to generate.
-    source = ConversationSource(SourceConfig(path=str(file), kind="understanding"), file.stem)
-    click.echo(f"{file}: {len(source)} samples")
+    shown: list[Sample | SampleError] = []
     faults = 0
-    for index, sample in _samples(source, len(source) if check else min(count, len(source))):
+    for file in _source_paths(path):
+        # Images beside a file of conversations are found without --images.
+        source = open_source(SourceConfig(path=file, kind=kind, images=images), Path(file).stem)
+        faults += _show(source, file, count, check, _image_check(decode), shown)
+    if sheet is not None and shown:
+        from megatron_unimm.data.sources.sheet import contact_sheet
+
+        contact_sheet(shown, _max_image_pixels()).save(sheet, "PNG")
+        click.echo(f"{len(shown)} samples drawn to {sheet}")
+    return 1 if check and faults else 0
+
+
+@data.command(epilog="Example: unimm data pack --from captions.jsonl --images photos --to shards --kind text_to_image")
+@click.option("--from", "path", required=True, metavar="PATH", help="Any source: see unimm data inspect.")
+@click.option("--images", default="", metavar="DIR", help="Folder that image paths are relative to.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write; a new one.")
+@click.option("--kind", default="understanding", show_default=True, type=KIND, help="What captions are made into.")
+@click.option("--shard-megabytes", default=256, show_default=True, type=click.IntRange(min=1), help="Largest shard.")
+@click.option("--decode", is_flag=True, help="Decode every image, not only its header: slower, finds those cut off.")
+def pack(path: str, images: str, to: Path, kind: "SampleKind", shard_megabytes: int, decode: bool) -> None:
+    """Write samples as WebDataset shards of equal size with their indices. Samples that cannot be used are left out."""
+    from megatron_unimm.config.data import SourceConfig
+    from megatron_unimm.data.sources.opening import open_source
+    from megatron_unimm.data.sources.pack import pack as pack_source
+
+    source = open_source(SourceConfig(path=path, kind=kind, images=images), "pack")
+    reasons: Counter[str] = Counter()
+
+    def report(fault: "SampleError") -> None:
+        reasons[fault.fault] += 1
+        click.echo(f"left out ({fault.fault}): {_one_line(str(fault))}", err=True)
+
+    with _sample_progress(len(source)) as advance:
+        check = _image_check(decode)
+        packed = pack_source(source, to, shard_megabytes * 10**6, check=check, report=report, advance=advance)
+    sizes = [shard.stat().st_size / 1e6 for shard in packed.shards]
+    click.echo(f"{packed.num_samples} samples in {len(sizes)} shards of {min(sizes):.1f} to {max(sizes):.1f} MB: {to}")
+    if reasons:
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        click.echo(f"{packed.num_bad} of {len(source)} samples left out: {counts}")
+
+
+def _source_paths(path: str) -> list[str]:
+    """The sources of a path: itself, or what a folder of several holds."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [path]
+    # index.json is written by `data shapes` and holds no conversations; metadata files stand for their whole folder.
+    inside = sorted(
+        file for pattern in ("*.jsonl", "*.json") for file in folder.glob(pattern) if file.name != "index.json"
+    )
+    if not inside or any(file.name.startswith(("metadata.", "captions.")) for file in inside):
+        return [path]
+    return [*map(str, inside), *(str(shards) for shards in [folder / "shards"] if shards.is_dir())]
+
+
+def _show(
+    source: "Source",
+    path: str,
+    count: int,
+    check: bool,
+    check_images: "Callable[[Sample], None]",
+    shown: "list[Sample | SampleError]",
+) -> int:
+    """Returns the number of samples that cannot be used, among those that were read; appends those that are shown."""
+    click.echo(f"{path}: {len(source)} samples")
+    faults = 0
+    for index, sample in _samples(source, len(source) if check else min(count, len(source)), check_images):
         if isinstance(sample, DataError):
-            click.echo(f"  {sample}")
+            click.echo(f"  {_one_line(f'{sample} ({sample.fault})')}")
             faults += 1
         elif index < count:
             click.echo(_as_text(sample))
+        if index < count:
+            shown.append(sample)
     if check:
         click.echo(f"  {faults} of {len(source)} cannot be used")
     return faults
 
 
-def _samples(source: "ConversationSource", count: int) -> Iterator[tuple[int, "Sample | DataError"]]:
+def _samples(
+    source: "Source", count: int, check_images: "Callable[[Sample], None]"
+) -> "Iterator[tuple[int, Sample | SampleError]]":
+    from megatron_unimm.data.faults import SampleError
+
     for index in range(count):
         try:
-            yield index, source[index]
-        except DataError as error:
-            yield index, error
+            sample = source[index]
+            check_images(sample)
+            yield index, sample
+        except SampleError as error:
+            where = source.where(index)
+            yield index, error if error.where == where else SampleError(where, str(error), error.fault)
+
+
+def _image_check(is_decoding: bool) -> "Callable[[Sample], None]":
+    """Raises SampleError for a sample with an unusable image."""
+    from megatron_unimm.data.images import decode, image_size
+
+    limit = _max_image_pixels()
+
+    def check(sample: "Sample") -> None:
+        for file in sample.images:
+            image_size(file, limit)
+            if is_decoding:
+                decode(file, limit)
+
+    return check
+
+
+def _max_image_pixels() -> int:
+    from megatron_unimm.config.data import DataConfig
+
+    return DataConfig().max_image_pixels
+
+
+@contextmanager
+def _sample_progress(num_samples: int) -> "Iterator[Callable[[str, int], None]]":
+    """A bar for each activity on a terminal; nothing in a log."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(activity: str, count: int) -> None:
+            if activity not in tasks:
+                tasks[activity] = bar.add_task(activity, total=num_samples)
+            bar.advance(tasks[activity], count)
+
+        yield advance
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _as_text(sample: "Sample") -> str:
     lines = [f"  {sample.id}"]
     for turn in sample.turns:
         parts = [part if isinstance(part, str) else f"<{sample.images[part].name}>" for part in turn.parts]
-        lines.append(f"    {turn.role:9s} {' '.join(''.join(parts).split())}")
+        lines.append(f"    {turn.role:9s} {_one_line(''.join(parts))}")
     return "\n".join(lines)
-
-
-def _show_shard(file: Path, count: int) -> int:
-    """Shows the JSON members of a WebDataset shard as they are."""
-    shown: list[str] = []
-    num_samples = num_images = 0
-    try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                if not member.name.endswith(".json"):
-                    num_images += 1
-                    continue
-                num_samples += 1
-                if len(shown) < count and (content := tar.extractfile(member)) is not None:
-                    shown.append(f"  {member.name}  {json.dumps(json.load(content), ensure_ascii=False)}")
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(str(file), f"not a whole WebDataset shard: {error}") from error
-    click.echo(f"{file}: {num_samples} samples, {num_images} images")
-    for line in shown:
-        click.echo(line)
-    return 0
 
 
 def _count_lines(path: Path) -> int:

@@ -29,6 +29,7 @@ def check_layout(stage: StageConfig, world_size: int) -> int:
     _check_experts(parallel, backbone)
     _check_pipeline(parallel, backbone)
     _check_sequence_length(stage)
+    _check_rows(stage, world_size)
     _check_system(stage.system)
     if stage.system.precision.fp8 is not None:
         _check_fp8(stage, stage.system.precision.fp8)
@@ -144,6 +145,21 @@ def _check_sequence_length(stage: StageConfig) -> None:
         raise ConfigError(
             "data.sequence_length",
             f"{length} is not a multiple of {' x '.join(factors)} = {multiple}; take {_round_up(length, multiple)}",
+        )
+
+
+def _check_rows(stage: StageConfig, world_size: int) -> None:
+    """Every data-parallel rank has as many rows, and with model chunks a multiple of the stages."""
+    parallel, rows = stage.system.parallel, stage.train.global_batch_rows
+    if rows is None:
+        return
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    multiple = data * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+    if rows % multiple:
+        parts = f"data parallel {data}" + (f" x pipeline {parallel.pipeline}" if multiple > data else "")
+        raise ConfigError(
+            "train.global_batch_rows",
+            f"{rows} is no multiple of {parts} = {multiple}; take {_round_up(rows, multiple)}",
         )
 
 

@@ -104,8 +104,11 @@ class TrainConfig(Section):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the mix; exclusive with steps."""
     steps: int | None = Field(default=None, gt=0)
-    global_batch_size: int = Field(gt=0)
-    """Samples per optimizer step over all ranks."""
+    global_batch_size: int | None = Field(default=None, gt=0)
+    """Samples per optimizer step over all ranks; exclusive with global_batch_rows."""
+    global_batch_rows: int | None = Field(default=None, gt=0)
+    """Packed rows per optimizer step over all ranks, filled with as many samples as find room: hardly any padding, and
+    even work. Exclusive with global_batch_size; wants steps rather than epochs."""
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
@@ -119,4 +122,12 @@ class TrainConfig(Section):
     def _check(self) -> "TrainConfig":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"give exactly one of epochs and steps (epochs={self.epochs}, steps={self.steps})")
+        if (self.global_batch_size is None) == (self.global_batch_rows is None):
+            sizes = f"global_batch_size={self.global_batch_size}, global_batch_rows={self.global_batch_rows}"
+            raise ValueError(f"give exactly one of global_batch_size and global_batch_rows ({sizes})")
+        if self.global_batch_rows is not None and self.steps is None:
+            raise ValueError(
+                "global_batch_rows draws as many samples as find room, so that epochs make no number of "
+                "steps; give steps"
+            )
         return self

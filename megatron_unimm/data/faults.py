@@ -11,8 +11,13 @@ Fault = Literal[
     "path outside the image folder",
     "unreadable image",
     "image too large",
+    "text too large",
+    "unsafe member",
+    "damaged file",
     "too long",
 ]
+"""Reasons to count by. "unsafe member": an entry of a tar shard that is no plain file, or whose name leads out of it.
+"damaged file": a shard or table that is cut off or broken; what can be read of it is used."""
 
 
 class SampleError(DataError):

@@ -3,25 +3,27 @@
 Every rank plans the whole global batch from texts and image headers, so that all agree on the rows without talking to
 each other; pixels are decoded only for a rank's own rows. Nothing depends on the number of ranks but who reads which
 row.
+
+    planned one after another      step 0 | step 1 | step 2
+    decoded, two at a time                | step 0 …… | step 1 …… |
+    handed out                                        | step 0 | step 1
 """
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
-import numpy as np
-
-from megatron_unimm.data.chat import ChatFormat, concat_patches, image_order, layout_sample
-from megatron_unimm.data.conversations import ConversationSource
-from megatron_unimm.data.faults import Fault, SampleError
-from megatron_unimm.data.images import load_patches
-from megatron_unimm.data.mix import Draw, Mix
-from megatron_unimm.data.packing import build_row, plan_rows, rows_of_rank
-from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, Sample, TokenizedSample
-from megatron_unimm.errors import ConfigError, DataError
+from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.mix import Mix
+from megatron_unimm.data.packing import build_row, deal_rows
+from megatron_unimm.data.plan import BadSample, BatchSize, Planner, PlanState, RowRule, StepPlan
+from megatron_unimm.data.sample import PackedRow, TokenizedSample
+from megatron_unimm.data.sources.source import Source
+from megatron_unimm.data.workers import SampleWork, Workers
+from megatron_unimm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ class DataShard:
     """False leaves ``patches`` of the rows empty, [0, patch_dim]. Only for ranks that use neither pixels nor labels nor
     targets: whether an image is broken shows when it is decoded, and a rank that does not decode keeps the labels of
     its sample."""
+    device: int | None = None
+    """Number of the GPU that may decode images."""
 
 
 @dataclass(frozen=True)
@@ -54,76 +58,89 @@ class StepBatch:
     """As many on every data-parallel rank."""
     counts: dict[str, int]
     """Draws per source in the global batch, bad samples included."""
-    skipped: list[str]
-    """``where: what`` of the samples of the global batch that were left out; the same on every rank."""
-    faults: list[Fault]
-    """The kind of fault of each of them, to count by."""
-    voided: list[str]
-    """``where: what`` of images of this rank's rows that turned out broken when decoded. They are grey, and their
-    sample has neither labels nor targets."""
+    bad: list[BadSample]
+    """Samples of the global batch that were left out; the same on every rank."""
+    voided: list[BadSample]
+    """Samples of this rank's rows with an image that turned out broken when decoded. It is grey, and the sample has
+    neither labels nor targets."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    batch: StepBatch
+    after: PlanState
+
+
+def pairs_of_tokens(sample: TokenizedSample) -> float:
+    """Work of a sample beyond what its tokens cost in any row: the pairs that attend to each other."""
+    return float(len(sample)) ** 2
 
 
 class StepLoader:
-    """Iterates over optimizer steps without end (or up to ``num_steps``), preparing at most two ahead in threads.
+    """Iterates over optimizer steps without end (or up to ``num_steps``), preparing at most two ahead.
 
-    Step s takes the draws [s·G, (s + 1)·G) of the mix, G the global batch size. A sample that cannot be used is left
-    out of its step and reported; whether it can is decided from its text and image headers, on all ranks alike. An
-    error while preparing a step is raised when that step is asked for.
+    A sample that cannot be used is left out of its step and reported; whether it can is decided from its text and image
+    headers, on all ranks alike. An error while preparing a step is raised when that step is asked for.
 
     Args:
         chat: tokenizer, vision encoder and data settings.
         sources: opened sources by name.
         mix: the order of draws from them.
-        global_batch_size: samples per step over all ranks.
+        size: what a step holds over all ranks.
         shard: what this rank reads.
+        cost: work of a sample beyond what its tokens cost in any row; evens out the work of rows and ranks.
         num_steps: the step to stop before.
 
     Raises:
-        DataError: more than half of a step's samples are bad.
+        DataError: too many of a step's samples are bad, or a worker process died.
     """
 
     def __init__(
         self,
         *,
         chat: ChatFormat,
-        sources: Mapping[str, ConversationSource],
+        sources: Mapping[str, Source],
         mix: Mix,
-        global_batch_size: int,
+        size: BatchSize,
         shard: DataShard,
+        cost: Callable[[TokenizedSample], float] = pairs_of_tokens,
         num_steps: int | None = None,
     ) -> None:
-        if chat.data.sequence_length % shard.alignment:
-            what = f"{chat.data.sequence_length} is not a multiple of {shard.alignment} (2 x context parallel size)"
+        data = chat.data
+        if data.sequence_length % shard.alignment:
+            what = f"{data.sequence_length} is not a multiple of {shard.alignment} (2 x context parallel size)"
             raise ConfigError("data.sequence_length", what)
         self._chat = chat
-        self._sources = sources
         self._mix = mix
-        self._batch_size = global_batch_size
         self._shard = shard
         self._num_steps = num_steps
-        self._step = 0
-        self._first_draw = 0  # Draw at which step 0 would start; not 0 after a resume with another batch size.
+        self._workers = Workers(SampleWork(chat, sources), data.workers, data.prefetch_workers, shard.device)
+        rule = RowRule(data.sequence_length, shard.alignment, shard.dp_size * shard.rows_multiple, data.packing)
+        self._planner = Planner(mix, size, rule, self._workers.lay_out, cost, data.max_bad_share)
+        self._state = PlanState()
         self._faults_seen: set[str] = set()
-        self._pending: deque[Future[StepBatch]] = deque()
-        num_threads = chat.data.prefetch_workers
-        # Steps wait for their samples, so each has its own pool: in one, steps could hold all threads and wait.
-        self._step_pool = ThreadPoolExecutor(STEPS_AHEAD, "data-step") if num_threads else None
-        self._sample_pool = ThreadPoolExecutor(num_threads, "data-sample") if num_threads else None
+        self._plans: deque[Future[StepPlan]] = deque()
+        self._pending: deque[Future[_Prepared]] = deque()
+        # Plans wait for their predecessors and rows for their plans, so each kind has a pool of its own: in one, those
+        # that wait could hold all threads.
+        ahead = data.prefetch_workers > 0
+        self._plan_pool = ThreadPoolExecutor(1, "data-plan") if ahead else None
+        self._row_pool = ThreadPoolExecutor(STEPS_AHEAD, "data-rows") if ahead else None
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __next__(self) -> StepBatch:
-        if self._num_steps is not None and self._step >= self._num_steps:
+        if self._num_steps is not None and self._state.step >= self._num_steps:
             raise StopIteration
         try:
-            batch = self._next_pending(self._step_pool).result() if self._step_pool else self._prepare(self._step)
+            prepared = self._next()
         except BaseException:
             self._drop_pending()
             raise
-        self._step += 1
-        self._report(batch)
-        return batch
+        self._state = prepared.after
+        self._report(prepared.batch)
+        return prepared.batch
 
     def __enter__(self) -> Self:
         return self
@@ -132,90 +149,68 @@ class StepLoader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads, once what they are doing is done."""
+        """Ends threads and worker processes, once what they are doing is done."""
         self._drop_pending()
-        for pool in (self._step_pool, self._sample_pool):
+        for pool in (self._plan_pool, self._row_pool):
             if pool:
                 pool.shutdown(cancel_futures=True)
+        self._workers.close()
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, Any]:
         """Where to go on: the same on every rank, and independent of their number."""
-        next_draw = self._first_draw + self._step * self._batch_size
-        return {"step": self._step, "next_draw": next_draw, "mix": self._mix.fingerprint()}
+        state = self._state
+        return {
+            "step": state.step,
+            "next_draw": state.next_draw,
+            "carried": list(state.carried),
+            "mix": self._mix.fingerprint(),
+        }
 
-    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Goes on with exactly the draws that were left, at any number of ranks and at any global batch size."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with exactly the draws that were left, at any number of ranks and at any batch size."""
         if state["mix"] != self._mix.fingerprint():
             logger.warning(
                 "data: sources, weights or seed differ from the checkpoint's; the order changes from here on"
             )
         self._drop_pending()
-        self._step = int(state["step"])
-        self._first_draw = int(state["next_draw"]) - self._step * self._batch_size
+        self._state = PlanState(int(state["step"]), int(state["next_draw"]), tuple(state["carried"]))
 
-    def _next_pending(self, pool: ThreadPoolExecutor) -> Future[StepBatch]:
-        """The future of the current step, with those of the next steps started."""
-        end = self._step + 1 + STEPS_AHEAD
+    def _next(self) -> _Prepared:
+        if self._plan_pool is None or self._row_pool is None:
+            return self._decode(self._state.step, self._planner.plan(self._state))
+        end = self._state.step + 1 + STEPS_AHEAD
         end = end if self._num_steps is None else min(end, self._num_steps)
-        for step in range(self._step + len(self._pending), end):
-            self._pending.append(pool.submit(self._prepare, step))
-        return self._pending.popleft()
+        for step in range(self._state.step + len(self._pending), end):
+            self._start(step)
+        self._plans.popleft()
+        return self._pending.popleft().result()
+
+    def _start(self, step: int) -> None:
+        assert self._plan_pool is not None
+        assert self._row_pool is not None
+        before = self._plans[-1] if self._plans else None
+        state = self._state
+        plan = self._plan_pool.submit(lambda: self._planner.plan(before.result().after if before else state))
+        self._plans.append(plan)
+        self._pending.append(self._row_pool.submit(lambda: self._decode(step, plan.result())))
 
     def _drop_pending(self) -> None:
-        for future in self._pending:
+        for future in [*self._pending, *self._plans]:
             future.cancel()
         self._pending.clear()
+        self._plans.clear()
 
-    def _map(self, function: Callable, items: list) -> list:
-        return list(self._sample_pool.map(function, items)) if self._sample_pool else [function(item) for item in items]
-
-    def _prepare(self, step: int) -> StepBatch:
-        first = self._first_draw + step * self._batch_size
-        draws = [self._mix[g] for g in range(first, first + self._batch_size)]
-        planned = self._map(self._plan, draws)
-        good = [plan for plan in planned if isinstance(plan, _Plan)]
-        bad = [plan for plan in planned if isinstance(plan, SampleError)]
-        if 2 * len(bad) > len(draws):
-            raise DataError(
-                bad[0].where,
-                f"{bad[0].what} (and {len(bad)} of the {len(draws)} samples of step {step} cannot be used)",
-            )
-        rows, voided = self._rows(good)
-        counts = Counter(draw.source for draw in draws)
-        return StepBatch(
-            step=step,
-            rows=rows,
-            counts={name: counts[name] for name in self._mix.names},
-            skipped=[str(fault) for fault in bad],
-            faults=[fault.fault for fault in bad],
-            voided=voided,
-        )
-
-    def _plan(self, draw: Draw) -> "_Plan | SampleError":
-        source = self._sources[draw.source]
-        where = source.where(draw.index)
-        try:
-            sample = source[draw.index]
-            return _Plan(where, sample, layout_sample(sample, self._chat))
-        except SampleError as fault:
-            return fault if fault.where == where else SampleError(where, str(fault), fault.fault)
-
-    def _rows(self, plans: list["_Plan"]) -> tuple[list[PackedRow], list[str]]:
-        """This rank's rows, and the broken images in them."""
+    def _decode(self, step: int, plan: StepPlan) -> _Prepared:
+        """This rank's rows of a plan."""
         data, shard = self._chat.data, self._shard
-        plan = plan_rows(
-            [len(item.layout) for item in plans],
-            sequence_length=data.sequence_length,
-            num_rows_multiple=shard.dp_size * shard.rows_multiple,
-            alignment=shard.alignment,
-            packing=data.packing,
-        )
-        own = [[plans[i] for i in plan[row]] for row in rows_of_rank(len(plan), shard.dp_rank, shard.dp_size)]
-        loaded = iter(self._map(self._load, [item for row in own for item in row]))
+        own = [plan.rows[row] for row in deal_rows(plan.costs, shard.dp_size)[shard.dp_rank]]
+        items = [laid for row in own for laid in row]
+        done = self._workers.load(items) if shard.need_pixels else [(laid.layout, []) for laid in items]
+        loaded = iter(done)
         rows, voided = [], []
         for row in own:
             pairs = [next(loaded) for _ in row]
-            voided += [message for _, broken in pairs for message in broken]
+            voided += [bad for _, broken in pairs for bad in broken]
             rows.append(
                 build_row(
                     [tokenized for tokenized, _ in pairs],
@@ -225,48 +220,17 @@ class StepLoader:
                     patch_dim=self._chat.encoder.patch_dim,
                 )
             )
-        return rows, voided
-
-    def _load(self, plan: "_Plan") -> tuple[TokenizedSample, list[str]]:
-        """Decodes the images of a sample; voids it where one is broken."""
-        if not self._shard.need_pixels:
-            return plan.layout, []
-        encoder, patches, broken = self._chat.encoder, [], []
-        for index, grid in zip(image_order(plan.sample.turns), plan.layout.grids, strict=True):
-            try:
-                patches.append(load_patches(plan.sample.images[index], grid, encoder, self._chat.data.max_image_pixels))
-            except SampleError as fault:
-                broken.append(f"{plan.where}: {fault}")
-                patches.append(np.zeros((int(grid.prod()), encoder.patch_dim), dtype=np.float32))
-        layout = void(plan.layout) if broken else plan.layout
-        return replace(layout, patches=concat_patches(patches, encoder)), broken
+        counts = {name: plan.drawn[name] for name in self._mix.names}
+        return _Prepared(StepBatch(step, rows, counts, plan.bad, voided), plan.after)
 
     def _report(self, batch: StepBatch) -> None:
         """Logs the first sample of each kind of fault; the counts of all go with the batch."""
-        broken = [("broken image", message) for message in batch.voided]
-        for fault, message in [*zip(batch.faults, batch.skipped, strict=True), *broken]:
+        for bad in [*batch.bad, *batch.voided]:
+            fault = bad.error.fault
             if fault not in self._faults_seen:
                 self._faults_seen.add(fault)
                 logger.warning(
-                    "data: passed over %s (from here on, samples with this fault are only counted: %s)", message, fault
+                    "data: passed over %s (from here on, samples with this fault are only counted: %s)",
+                    bad.error,
+                    fault,
                 )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A sample that can be used, laid out from its text and image headers."""
-
-    where: str
-    sample: Sample
-    layout: TokenizedSample
-
-
-def void(sample: TokenizedSample) -> TokenizedSample:
-    """The sample with nothing to learn from: no labels, no targets."""
-    return replace(
-        sample,
-        labels=np.full_like(sample.labels, IGNORED_LABEL),
-        is_target=np.zeros_like(sample.is_target),
-        predict_index=sample.predict_index[:0],
-        target_index=sample.target_index[:0],
-    )

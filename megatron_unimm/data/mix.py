@@ -7,6 +7,7 @@ that is computed one place at a time.
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +35,23 @@ class Draw:
     """Passes over the source that were completed before."""
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """Draws between two sources' last ones: which sources alternate, and how."""
+
+    start: int
+    """First draw."""
+    sources: list[int]
+    quotas: list[int]
+    """Draws of each of them in one cycle."""
+    schedule: np.ndarray
+    """int32 [W]: place in ``sources`` of each draw of a cycle."""
+    ranks: np.ndarray
+    """int32 [W]: how often its source was drawn before in the cycle."""
+    before: list[int]
+    """Draws of each of ``sources`` before the segment."""
+
+
 class Mix:
     """Interleaves sources by weight.
 
@@ -43,16 +61,26 @@ class Mix:
     they were written as (0.1 is a tenth). Where the cycle would be longer than 65536, shares are rounded to multiples
     of 1/65536, at least one; ``shares`` tells what holds.
 
+    A source with a cap is drawn until it has been passed that often; from then on the others share the draws by their
+    weights, in a schedule of their own.
+
     Args:
         sources: name -> anything with a length.
         weights: name -> weight of each of them, relative to the sum; a source of weight 0 is never drawn.
         seed: seeds the permutations.
+        max_epochs: name -> passes after which a source is drawn no more; absent or None for no cap.
 
     Raises:
         ConfigError: no source has a positive weight, or one that has is empty.
     """
 
-    def __init__(self, sources: Mapping[str, Sized], weights: Mapping[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Sized],
+        weights: Mapping[str, float],
+        seed: int,
+        max_epochs: Mapping[str, float | None] | None = None,
+    ) -> None:
         self.seed = seed
         self._names = [name for name in sources if weights[name] > 0]
         if not self._names:
@@ -63,16 +91,27 @@ class Mix:
         for name, size in zip(self._names, self._sizes, strict=True):
             if not size:
                 raise ConfigError(f"data.sources.{name}", "holds no samples but has a weight above 0")
-        self._quotas = _integer_weights([weights[name] for name in self._names])
-        self._schedule, self._ranks = _schedule(self._quotas)
+        caps = [(max_epochs or {}).get(name) for name in self._names]
+        self._limits = [
+            None if cap is None else math.ceil(Fraction(str(cap)) * size)
+            for cap, size in zip(caps, self._sizes, strict=True)
+        ]
+        self._segments, self.num_draws = _segments([weights[name] for name in self._names], self._limits)
+        """``num_draws``: how many draws there are, where every source has a cap; else None."""
 
     def __getitem__(self, g: int) -> Draw:
-        """The g-th draw of the run, from 0 without end."""
-        if g < 0:
-            raise IndexError(f"draw {g}")
-        cycle, place = divmod(g, len(self._schedule))
-        source = int(self._schedule[place])
-        number = cycle * self._quotas[source] + int(self._ranks[place])
+        """The g-th draw of the run, from 0 on; without end, unless every source has a cap.
+
+        Raises:
+            IndexError: there is none.
+        """
+        if g < 0 or (self.num_draws is not None and g >= self.num_draws):
+            raise IndexError(f"draw {g} of {self.num_draws}")
+        segment = self._segments[bisect_right(self._segments, g, key=lambda segment: segment.start) - 1]
+        cycle, place = divmod(g - segment.start, len(segment.schedule))
+        which = int(segment.schedule[place])
+        source = segment.sources[which]
+        number = segment.before[which] + cycle * segment.quotas[which] + int(segment.ranks[place])
         epoch, place = divmod(number, self._sizes[source])
         name = self._names[source]
         return Draw(source=name, index=permute(place, self._sizes[source], f"{self.seed}/{name}/{epoch}"), epoch=epoch)
@@ -84,10 +123,9 @@ class Mix:
 
     @property
     def shares(self) -> dict[str, Fraction]:
-        """The share of each source in the draws, exactly."""
-        return {
-            name: Fraction(quota, len(self._schedule)) for name, quota in zip(self._names, self._quotas, strict=True)
-        }
+        """The share of each source in the draws, exactly, before any has reached its cap."""
+        quotas = self._segments[0].quotas
+        return {name: Fraction(quota, sum(quotas)) for name, quota in zip(self._names, quotas, strict=True)}
 
     @property
     def epoch_size(self) -> int:
@@ -103,9 +141,40 @@ class Mix:
         return math.ceil(math.ceil(Fraction(str(epochs)) * self.epoch_size) / global_batch_size)
 
     def fingerprint(self) -> str:
-        """Changes whenever the order of draws does: sources, sizes, weights or seed."""
-        text = repr((self.seed, self._names, self._sizes, self._quotas))
+        """Changes whenever the order of draws does: sources, sizes, weights, caps or seed."""
+        capped = [limit for limit in self._limits if limit is not None]
+        text = repr(
+            (self.seed, self._names, self._sizes, self._segments[0].quotas, *([self._limits] if capped else []))
+        )
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _segments(weights: list[float], limits: list[int | None]) -> tuple[list[_Segment], int | None]:
+    """The run's segments, and where the last one ends if it does."""
+    segments: list[_Segment] = []
+    start, drawn, active = 0, [0] * len(weights), list(range(len(weights)))
+    while active:
+        quotas = _integer_weights([weights[source] for source in active])
+        schedule, ranks = _schedule(quotas)
+        before = [drawn[source] for source in active]
+        segments.append(_Segment(start, active, quotas, schedule, ranks, before))
+        ends: dict[int, int] = {}
+        for which, source in enumerate(active):
+            limit = limits[source]
+            if limit is not None:
+                # The draw of the segment that is the source's last: whole cycles, and a place in the next.
+                cycle, rank = divmod(limit - before[which] - 1, quotas[which])
+                place = int(np.flatnonzero((schedule == which) & (ranks == rank))[0])
+                ends[source] = cycle * len(schedule) + place + 1
+        if not ends:
+            return segments, None
+        length = min(ends.values())
+        cycles, rest = divmod(length, len(schedule))
+        for which, source in enumerate(active):
+            drawn[source] += cycles * quotas[which] + int((schedule[:rest] == which).sum())
+        start += length
+        active = [source for source in active if ends.get(source) != length]
+    return segments, start
 
 
 def permute(place: int, size: int, key: str) -> int:

@@ -28,6 +28,7 @@ def pack(
     """Packs samples into rows: :func:`plan_rows`, then :func:`build_row` on each."""
     plan = plan_rows(
         [len(sample) for sample in samples],
+        costs=[0.0] * len(samples),
         sequence_length=sequence_length,
         num_rows_multiple=num_rows_multiple,
         alignment=alignment,
@@ -47,17 +48,24 @@ def pack(
 
 
 def plan_rows(
-    lengths: Sequence[int], *, sequence_length: int, num_rows_multiple: int, alignment: int, packing: bool
+    lengths: Sequence[int],
+    *,
+    costs: Sequence[float],
+    sequence_length: int,
+    num_rows_multiple: int,
+    alignment: int,
+    packing: bool,
 ) -> list[list[int]]:
-    """Decides which samples share a row, from their lengths alone.
+    """Decides which samples share a row: as few rows as first fit, longest first, needs (``packing`` false: one sample
+    per row).
 
-    First fit, longest first (``packing`` false: one sample per row). Rows are then sorted by the cost of their
-    attention, so that neighbours, which go to different ranks at the same micro-batch, cost about the same; empty rows
-    at the end fill up to a multiple of ``num_rows_multiple``. A pure function: every rank that knows the lengths knows
-    the plan.
+    Rows are then sorted by cost, so that neighbours, which go to different ranks at the same micro-batch, cost about
+    the same; empty rows at the end fill up to a multiple of ``num_rows_multiple``. A pure function: every rank that
+    knows the lengths knows the plan.
 
     Args:
         lengths: tokens of each sample.
+        costs: work of each sample, in any unit.
         sequence_length: tokens of a row.
         num_rows_multiple: the number of rows is rounded up to a multiple of this.
         alignment: each sample takes up a multiple of this many tokens (2 x context parallel size).
@@ -69,25 +77,77 @@ def plan_rows(
         ConfigError: ``sequence_length`` is not a multiple of ``alignment``.
         DataError: a sample is longer than a row.
     """
-    if sequence_length % alignment:
-        what = f"{sequence_length} is not a multiple of {alignment} (2 x context parallel size)"
-        raise ConfigError("data.sequence_length", what)
-    padded = [_round_up(length, alignment) for length in lengths]
-    if padded and max(padded) > sequence_length:
-        raise DataError("data.sequence_length", f"is {sequence_length}, but a sample has {max(lengths)} tokens")
+    padded = _padded(lengths, sequence_length, alignment)
     rows = _first_fit(padded, sequence_length) if packing else [[i] for i in range(len(padded))]
-    rows.sort(key=lambda row: -_cost([padded[i] for i in row], sequence_length))
+    rows.sort(key=lambda row: -sum(costs[i] for i in row))
     return rows + [[] for _ in range(-len(rows) % num_rows_multiple)]
 
 
-def rows_of_rank(num_rows: int, dp_rank: int, dp_size: int) -> list[int]:
-    """The rows that one data-parallel rank reads, one per micro-batch.
+def fill_rows(
+    lengths: Sequence[int],
+    costs: Sequence[float],
+    *,
+    num_rows: int,
+    sequence_length: int,
+    alignment: int,
+    packing: bool,
+    first: int = 0,
+) -> tuple[list[list[int]], list[int]]:
+    """Fills a given number of rows, each with about the same work, from samples that are more than enough.
 
-    Rows are dealt out one by one, forth and back (0 1 2 3, 3 2 1 0, …), which evens out the totals of sorted rows.
+    Longest first, each into the row with the least work so far among those with room for it: long samples end up in
+    different rows, short ones fill the gaps. The ``first`` samples, which were left over before, go in before all
+    others, so that none waits for more than a step.
+
+    Returns:
+        For each row the indices of its samples, rows of most work first; and the indices of those left over.
+
+    Raises:
+        As :func:`plan_rows`.
     """
-    assert num_rows % dp_size == 0, f"{num_rows} rows do not divide over {dp_size} ranks"
-    rounds = range(num_rows // dp_size)
-    return [k * dp_size + (dp_rank if k % 2 == 0 else dp_size - 1 - dp_rank) for k in rounds]
+    padded = _padded(lengths, sequence_length, alignment)
+    room, work = [sequence_length] * num_rows, [0.0] * num_rows
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    left: list[int] = []
+    for i in sorted(range(len(padded)), key=lambda i: (i >= first, -padded[i])):
+        fitting = [r for r in range(num_rows) if room[r] >= padded[i] and (packing or not rows[r])]
+        if not fitting:
+            left.append(i)
+            continue
+        # Rows without any work yet are told apart by their room, or samples of no cost would pile up in the first.
+        row = min(fitting, key=lambda r: (work[r], -room[r]))
+        rows[row].append(i)
+        room[row] -= padded[i]
+        work[row] += costs[i]
+    order = sorted(range(num_rows), key=lambda r: -work[r])
+    return [rows[r] for r in order], sorted(left)
+
+
+def deal_rows(costs: Sequence[float], dp_size: int) -> list[list[int]]:
+    """Which rows each data-parallel rank reads, one per micro-batch: as many on each, of about the same total cost.
+
+    Most costly first, each to the rank with the least so far among those that have not got all of theirs (the longest
+    processing time rule), so that micro-batch k costs about the same everywhere too.
+    """
+    assert len(costs) % dp_size == 0, f"{len(costs)} rows do not divide over {dp_size} ranks"
+    dealt: list[list[int]] = [[] for _ in range(dp_size)]
+    totals = [0.0] * dp_size
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        open_ranks = [rank for rank in range(dp_size) if len(dealt[rank]) < len(costs) // dp_size]
+        rank = min(open_ranks, key=lambda rank: (totals[rank], len(dealt[rank])))
+        dealt[rank].append(row)
+        totals[rank] += costs[row]
+    return dealt
+
+
+def _padded(lengths: Sequence[int], sequence_length: int, alignment: int) -> list[int]:
+    if sequence_length % alignment:
+        what = f"{sequence_length} is not a multiple of {alignment} (2 x context parallel size)"
+        raise ConfigError("data.sequence_length", what)
+    padded = [round_up(length, alignment) for length in lengths]
+    if padded and max(padded) > sequence_length:
+        raise DataError("data.sequence_length", f"is {sequence_length}, but a sample has {max(lengths)} tokens")
+    return padded
 
 
 def build_row(
@@ -97,7 +157,7 @@ def build_row(
 
     Padding has no labels. Inside a segment its positions go on from the sample's; in the tail they start at 0.
     """
-    bounds = _bounds([_round_up(len(sample), alignment) for sample in samples], sequence_length)
+    bounds = _bounds([round_up(len(sample), alignment) for sample in samples], sequence_length)
     input_ids = np.full(sequence_length, pad_id, dtype=np.int64)
     labels = np.full(sequence_length, IGNORED_LABEL, dtype=np.int64)
     position_ids = np.empty((3, sequence_length), dtype=np.int64)
@@ -139,7 +199,8 @@ def _join(
     return np.concatenate([np.zeros(0, dtype=np.int64), *shifted])
 
 
-def _round_up(length: int, multiple: int) -> int:
+def round_up(length: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-length // multiple) * multiple
 
 
@@ -166,10 +227,3 @@ def _first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(i)
         room[row] -= lengths[i]
     return rows
-
-
-def _cost(lengths: Sequence[int], sequence_length: int) -> int:
-    """Work of a row in pairs of tokens. Linear layers cost the same in all rows; the tail attends to itself as samples
-    do."""
-    tail = sequence_length - sum(lengths)
-    return sum(length * length for length in [*lengths, tail])

@@ -45,7 +45,9 @@ def load_questions(data: Path | None, count: int) -> list[QuestionItem]:
     path = list_file(data, "questions.jsonl")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
     return [
-        QuestionItem(decode(DiskImage(path.parent / r["image"]), MAX_IMAGE_PIXELS), r["question"], r["answer"], r["type"])
+        QuestionItem(
+            decode(DiskImage(path.parent / r["image"]), MAX_IMAGE_PIXELS), r["question"], r["answer"], r["type"]
+        )
         for r in records
     ]
 

@@ -68,7 +68,8 @@ def load_pairs(data: Path | None, count: int) -> list[CaptionItem]:
     if len(records) < NUM_CANDIDATES:
         raise DataError(str(path), f"has {len(records)} pairs, a caption needs {NUM_CANDIDATES} candidate pictures")
     return [
-        CaptionItem(record["caption"], decode(DiskImage(path.parent / record["image"]), MAX_IMAGE_PIXELS)) for record in records
+        CaptionItem(record["caption"], decode(DiskImage(path.parent / record["image"]), MAX_IMAGE_PIXELS))
+        for record in records
     ]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, VisionEncoder, VisionHeadConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
+from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample
 from megatron_unimm.models.trainable import is_frozen
 
 PARTS = ("vision_encoder", "backbone", "vision_head")
@@ -235,7 +235,16 @@ def row_flops(row: PackedRow, stage: StageConfig, frozen: Collection[str]) -> fl
     return total
 
 
-def _tower_flops(row: PackedRow, model: VisionEncoder, trains: bool) -> float:
+def sample_flops(sample: TokenizedSample, stage: StageConfig, frozen: Collection[str]) -> float:
+    """What a sample costs beyond its tokens' share of a row, forward and backward: attention among its tokens, and the
+    tower on its images. Rows of the same length differ in nothing else that is large."""
+    backbone, trains = stage.model.backbone, "backbone" not in frozen
+    passes = trains or "vision_encoder" not in frozen
+    pairs = decoder_work(backbone, 0, causal_pairs((0, len(sample)))).cost(trains, passes)
+    return pairs + _tower_flops(sample, stage.model.vision_encoder, "vision_encoder" not in frozen)
+
+
+def _tower_flops(row: PackedRow | TokenizedSample, model: VisionEncoder, trains: bool) -> float:
     total = 0.0
     if trains:
         embedding, rest = vision_work(model, row.grids[~row.is_target])

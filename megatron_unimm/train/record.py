@@ -113,12 +113,12 @@ class Totals:
 
     def add(self, batch: StepBatch) -> None:
         self.draws.update(batch.counts)
-        self.faults.update(batch.faults)
+        self.faults.update(f"{bad.source}/{bad.error.fault}" for bad in batch.bad)
 
     def add_broken_images(self, count: int) -> None:
         """Images that turned out broken when decoded, of all ranks; each rank finds only those of its own rows."""
         if count:
-            self.faults["broken image"] += count
+            self.faults["all/broken image"] += count
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         return {"draws": dict(self.draws), "faults": dict(self.faults)}

@@ -40,7 +40,7 @@ def train_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, resume: str =
         io_group = new_io_group()
         method, chunks = setup.build_model(stage, platform, groups)
         setup.fill(chunks, stage, start, groups)
-        loader, total_steps = setup.open_data(stage, groups)
+        loader, total_steps = setup.open_data(stage, platform, groups)
         wrapped = wrap_data_parallel(chunks, stage, groups)
         optimizer = build_optimizer(wrapped, stage, groups)
         step = TrainStep(stage, method, wrapped, optimizer, platform, groups)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,9 +13,10 @@ from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
-from megatron_unimm.data.conversations import open_sources
 from megatron_unimm.data.loader import DataShard, StepLoader
 from megatron_unimm.data.mix import Mix
+from megatron_unimm.data.plan import BatchSize
+from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.errors import ConfigError
 from megatron_unimm.methods.interface import Method
 from megatron_unimm.methods.registry import build_method
@@ -22,6 +24,7 @@ from megatron_unimm.models.trainable import apply_rules, check_used
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups, initialize_groups
 from megatron_unimm.parallel.platform import Platform, select_platform
+from megatron_unimm.train.flops import frozen_parts, sample_flops
 from megatron_unimm.train.state import Start, base_directory, check_architecture, load_base, load_weights
 
 logger = logging.getLogger(__name__)
@@ -75,7 +78,7 @@ def chat_format(stage: StageConfig) -> ChatFormat:
     return ChatFormat(ChatTokenizer(folder, stage.model), stage.model.vision_encoder, stage.data)
 
 
-def open_data(stage: StageConfig, groups: ParallelGroups) -> tuple[StepLoader, int]:
+def open_data(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> tuple[StepLoader, int]:
     """The loader of this rank and the number of optimizer steps of the stage.
 
     Raises:
@@ -84,14 +87,25 @@ def open_data(stage: StageConfig, groups: ParallelGroups) -> tuple[StepLoader, i
     active = {name: source for name, source in stage.data.sources.items() if source is not None and source.weight > 0}
     if not active:
         raise ConfigError("data.sources", f"stage {stage.name} has no source with a weight above 0; give it one")
-    sources = open_sources(active)
-    mix = Mix(sources, {name: source.weight for name, source in active.items()}, stage.train.seed)
-    batch = stage.train.global_batch_size
-    steps = stage.train.steps if stage.train.steps is not None else mix.num_steps(stage.train.epochs or 0, batch)
+    sources = open_sources(active, stage.data.index_cache)
+    weights = {name: source.weight for name, source in active.items()}
+    mix = Mix(sources, weights, stage.train.seed, {name: source.max_epochs for name, source in active.items()})
+    size = BatchSize(stage.train.global_batch_size, stage.train.global_batch_rows)
+    steps = stage.train.steps
+    if steps is None:
+        assert stage.train.epochs is not None
+        assert size.samples is not None
+        steps = mix.num_steps(stage.train.epochs, size.samples)
     if steps < 1:
         raise ConfigError(
             "train.epochs",
-            f"{stage.train.epochs} epochs of {mix.epoch_size} samples make no step of {batch}; use train.steps",
+            f"{stage.train.epochs} epochs of {mix.epoch_size} samples make no step of {size.samples}; use train.steps",
+        )
+    if mix.num_draws is not None and size.samples is not None and steps * size.samples > mix.num_draws:
+        raise ConfigError(
+            "data.sources",
+            f"all have max_epochs, which makes {mix.num_draws} samples, but {steps} steps of {size.samples} want "
+            f"{steps * size.samples}; raise max_epochs or take fewer steps",
         )
     parallel = stage.system.parallel
     shard = DataShard(
@@ -100,8 +114,16 @@ def open_data(stage: StageConfig, groups: ParallelGroups) -> tuple[StepLoader, i
         rows_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         alignment=2 * parallel.context if parallel.context > 1 else 1,
         need_pixels=groups.is_first_stage() or groups.is_last_stage(),
+        device=platform.device.index if platform.is_gpu else None,
     )
-    loader = StepLoader(chat=chat_format(stage), sources=sources, mix=mix, global_batch_size=batch, shard=shard)
+    loader = StepLoader(
+        chat=chat_format(stage),
+        sources=sources,
+        mix=mix,
+        size=size,
+        shard=shard,
+        cost=partial(sample_flops, stage=stage, frozen=frozen_parts(stage)),
+    )
     return loader, steps
 
 

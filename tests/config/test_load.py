@@ -283,10 +283,24 @@ def test_refused_files(recipe: Path, old: str, new: str, message: str) -> None:
 
 
 def test_missing_keys_are_counted(recipe: Path) -> None:
-    path = edited("  global_batch_size: 4\n  optimizer", "  optimizer")
-    assert refusal(path).startswith("train.global_batch_size: missing for stage warm_up in edited.yaml:")
+    path = edited("    num_layers: 4\n", "")
+    assert refusal(path).startswith("model.backbone.num_layers: missing for stage warm_up in edited.yaml:")
     path = edited("steps: 10\n  global_batch_size: 4\n", "stps: 10\n")
-    assert refusal(path).startswith("train.stps: unknown key in edited.yaml:21, did you mean steps? (and 1 more)")
+    assert refusal(path) == "train.stps: unknown key in edited.yaml:21, did you mean steps?"
+    path = edited("    num_layers: 4\n", "    num_layer: 4\n")
+    assert refusal(path).startswith("model.backbone.num_layer: unknown key in edited.yaml:")
+    assert refusal(path).endswith("did you mean num_layers? (and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", "give exactly one of global_batch_size and global_batch_rows (global_batch_size=None"),
+        ("global_batch_size: 4\n  global_batch_rows: 2", "give exactly one of global_batch_size and global_batch_rows"),
+    ],
+)
+def test_a_step_is_counted_in_one_way(recipe: Path, written: str, message: str) -> None:
+    assert message in refusal(edited("global_batch_size: 4", written))
 
 
 def test_base_cycle(recipe: Path) -> None:

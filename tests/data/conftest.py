@@ -79,7 +79,7 @@ def make_chat(tokenizer: ChatTokenizer, model: ModelConfig) -> Callable[..., Cha
             "understanding_size": ImageSizeConfig(min_side=28, max_side=112),
             "sequence_length": 256,
         }
-        return ChatFormat(tokenizer, model.vision_encoder, DataConfig(**{**defaults, **settings}))
+        return ChatFormat(tokenizer, model.vision_encoder, DataConfig(decoder="pillow", **{**defaults, **settings}))
 
     return make
 

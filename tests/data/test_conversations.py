@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_unimm.config.data import SourceConfig
-from megatron_unimm.data.image_files import DiskImage
-from megatron_unimm.data.conversations import ConversationSource, open_sources
 from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.sample import Turn
+from megatron_unimm.data.sources.conversations import ConversationSource
+from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.errors import ConfigError, DataError
 
 

@@ -1,6 +1,11 @@
 """Optimizer steps: the same samples at any layout, exact resume, bad samples, threads."""
 
+import json
 import logging
+import multiprocessing
+import os
+import random
+import signal
 import threading
 from collections import Counter
 
@@ -9,10 +14,11 @@ import pytest
 
 from megatron_unimm.config.data import SourceConfig
 from megatron_unimm.data.chat import tokenize_sample
-from megatron_unimm.data.conversations import open_sources
-from megatron_unimm.data.loader import DataShard, StepLoader
+from megatron_unimm.data.loader import DataShard, StepBatch, StepLoader
 from megatron_unimm.data.mix import Mix
+from megatron_unimm.data.plan import BatchSize
 from megatron_unimm.data.sample import IGNORED_LABEL
+from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.errors import ConfigError, DataError
 
 BATCH = 12
@@ -46,6 +52,10 @@ def world(tmp_path, write_image, write_jsonl):
     }
 
 
+def messages(batch: StepBatch) -> list[str]:
+    return [str(bad.error) for bad in batch.bad]
+
+
 @pytest.fixture
 def make_loader(world, make_chat):
     """Builds loaders over the world, and closes them."""
@@ -58,7 +68,7 @@ def make_loader(world, make_chat):
                 chat=make_chat(**settings),
                 sources=sources,
                 mix=Mix(sources, {name: world[name].weight for name in sources}, seed=5),
-                global_batch_size=batch,
+                size=batch if isinstance(batch, BatchSize) else BatchSize(samples=batch),
                 shard=shard or DataShard(),
                 num_steps=num_steps,
             )
@@ -195,24 +205,27 @@ def test_bad_samples_are_left_out_alike_on_all_ranks(make_loader, world, tmp_pat
     (tmp_path / "draw5.jpg").write_text("no image")
     with caplog.at_level(logging.WARNING):
         whole = take(make_loader(), 4)
-    bad = [message for batch in whole for message in batch.skipped]
-    assert Counter(fault for batch in whole for fault in batch.faults) == {"missing image": 2, "unreadable image": 1}
+    bad = [str(each.error) for batch in whole for each in batch.bad]
+    assert Counter(each.error.fault for batch in whole for each in batch.bad) == {
+        "missing image": 2,
+        "unreadable image": 1,
+    }
     assert sorted(message.split(":")[1] for message in bad) == ["4", "5", "6"]
     assert all(message.startswith(str(tmp_path)) for message in bad)
     assert [record.getMessage().count("missing image") for record in caplog.records] in ([1, 0], [0, 1])
     for batch in whole:
-        assert len(ids(batch)) + len(batch.skipped) == sum(batch.counts.values()) == BATCH
+        assert len(ids(batch)) + len(batch.bad) == sum(batch.counts.values()) == BATCH
     for rank in range(2):
         part = take(make_loader(DataShard(rank, 2)), 4)
-        assert [batch.skipped for batch in part] == [batch.skipped for batch in whole]
+        assert [messages(batch) for batch in part] == [messages(batch) for batch in whole]
 
 
 def test_too_long_samples_are_left_out(make_loader):
     lengths = sorted(256 - row.num_padding for row in next(make_loader(packing=False)).rows)
     batch = next(make_loader(sequence_length=lengths[8]))
-    assert len(batch.skipped) == sum(length > lengths[8] for length in lengths) > 0
-    assert set(batch.faults) == {"too long"}
-    assert f"tokens, but data.sequence_length is {lengths[8]}" in batch.skipped[0]
+    assert len(batch.bad) == sum(length > lengths[8] for length in lengths) > 0
+    assert {each.error.fault for each in batch.bad} == {"too long"}
+    assert f"tokens, but data.sequence_length is {lengths[8]}" in str(batch.bad[0].error)
 
 
 def test_mostly_bad_is_an_error(make_loader, tmp_path):
@@ -220,7 +233,7 @@ def test_mostly_bad_is_an_error(make_loader, tmp_path):
         path.unlink()
     loader = make_loader()
     for _ in range(2):  # Asked again, it tells again.
-        with pytest.raises(DataError, match=r"no image file .* \(and 9 of the 12 samples of step 0 cannot be used\)"):
+        with pytest.raises(DataError, match=r"no image file .* \(and 9 of the step's 12 samples cannot be used"):
             next(loader)
     assert loader.state_dict()["step"] == 0
 
@@ -255,15 +268,15 @@ def test_back_pressure(make_loader, monkeypatch):
     """However long the consumer takes, at most two further steps are prepared."""
     loader = make_loader(prefetch_workers=2)
     prepared, third = [], threading.Event()
-    prepare = loader._prepare
+    decode = loader._decode
 
-    def counted(step: int):
+    def counted(step: int, plan):
         prepared.append(step)
         if len(prepared) == 3:
             third.set()
-        return prepare(step)
+        return decode(step, plan)
 
-    monkeypatch.setattr(loader, "_prepare", counted)
+    monkeypatch.setattr(loader, "_decode", counted)
     take(loader, 1)
     assert third.wait(60)
     assert not threading.Event().wait(0.2)  # Time in which more could be started.
@@ -271,15 +284,88 @@ def test_back_pressure(make_loader, monkeypatch):
 
 
 def test_errors_of_threads_reach_the_consumer_and_threads_end(make_loader, monkeypatch):
-    def fail(draw):
+    def fail(draws):
         raise RuntimeError("disk on fire")
 
     before = threading.active_count()
     with make_loader(prefetch_workers=2) as loader:
-        monkeypatch.setattr(loader, "_plan", fail)
+        monkeypatch.setattr(loader._planner, "lay_out", fail)
         with pytest.raises(RuntimeError, match="disk on fire"):
             next(loader)
     assert threading.active_count() == before
+
+
+def test_processes_change_nothing(make_loader):
+    reference = take(make_loader(prefetch_workers=0), 3)
+    for a, b in zip(reference, take(make_loader(prefetch_workers=2, workers="process"), 3), strict=True):
+        assert_same_rows(a.rows, b.rows)
+
+
+def test_a_dead_worker_is_an_error(make_loader):
+    loader = make_loader(prefetch_workers=1, workers="process")
+    next(loader)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"data\.workers: a worker process died"):
+        take(loader, 5)
+
+
+# --- a fixed number of rows
+
+
+ROWS = BatchSize(rows=4)
+
+
+def test_rows_are_filled(make_loader):
+    """As many samples as find room; the share of padding is small though samples are a quarter of a row."""
+    batches = take(make_loader(batch=ROWS), 6)
+    assert {len(batch.rows) for batch in batches} == {4}
+    padding = [row.num_padding for batch in batches for row in batch.rows]
+    assert sum(padding) / (256 * len(padding)) < 0.1
+    per_sample = [len(row.sample_ids) for batch in take(make_loader(), 6) for row in batch.rows]
+    assert np.mean([len(row.sample_ids) for batch in batches for row in batch.rows]) > np.mean(per_sample)
+
+
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_the_same_rows_at_any_dp_size(make_loader, dp_size):
+    whole = take(make_loader(batch=ROWS), 4)
+    parts = [take(make_loader(DataShard(rank, dp_size), batch=ROWS), 4) for rank in range(dp_size)]
+    for step in range(4):
+        rows = [row for part in parts for row in part[step].rows]
+        assert_same_rows(
+            sorted(rows, key=lambda row: row.sample_ids), sorted(whole[step].rows, key=lambda row: row.sample_ids)
+        )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_resume_loses_nothing_and_repeats_nothing(make_loader, seed):
+    """Stop anywhere, go on at another number of ranks: the same samples, step by step, as without a stop."""
+    chance = random.Random(seed)
+    size = chance.choice([ROWS, BatchSize(rows=8), BatchSize(samples=12)])
+    total, stop = 6, chance.randrange(1, 6)
+    before, after = chance.choice([1, 2, 4]), chance.choice([1, 2, 4])
+    straight = [sorted(ids(batch)) for batch in take(make_loader(batch=size), total)]
+    first = [make_loader(DataShard(rank, before), batch=size) for rank in range(before)]
+    seen = [sorted(name for loader in first for name in ids(next(loader))) for _ in range(stop)]
+    state = json.loads(json.dumps(first[0].state_dict()))
+    assert all(loader.state_dict() == state for loader in first)
+    resumed = [make_loader(DataShard(rank, after), batch=size) for rank in range(after)]
+    for loader in resumed:
+        loader.load_state_dict(state)
+    seen += [sorted(name for loader in resumed for name in ids(next(loader))) for _ in range(total - stop)]
+    assert seen == straight
+
+
+def test_every_draw_is_used_once(make_loader):
+    """What finds no room comes later: after many steps only the few that are still carried are missing."""
+    loader = make_loader(batch=ROWS)
+    used = Counter(name for batch in take(loader, 10) for name in ids(batch))
+    state = loader.state_dict()
+    mix, sources = loader._mix, loader._workers.work.sources
+    drawn = Counter(sources[d.source][d.index].id for d in (mix[g] for g in range(state["next_draw"])))
+    carried = Counter(sources[d.source][d.index].id for d in (mix[g] for g in state["carried"]))
+    assert used == drawn - carried
+    assert 0 < carried.total() < 20
 
 
 def test_alignment_must_divide_the_row(make_loader):

@@ -116,6 +116,37 @@ def test_epochs_and_steps():
     assert mix_of([1], [640]).num_steps(0.1, 64) == 1  # 0.1 is a tenth: not one step more by rounding
 
 
+def test_caps():
+    """A source stops after its passes; the others go on by their weights, and each pass is whole as before."""
+    sources = {"a": range(10), "b": range(7), "c": range(5)}
+    mix = Mix(sources, {"a": 2, "b": 1, "c": 1}, 0, {"b": 1, "c": 2.5})
+    draws = [mix[g] for g in range(400)]
+    counts = Counter(draw.source for draw in draws)
+    assert (counts["b"], counts["c"]) == (7, 13)
+    assert mix.num_draws is None
+    assert {draw.source for draw in draws[60:]} == {"a"}
+    # b's 7th draw is near draw 28 of a schedule in fourths; from there a and c share 2 : 1.
+    last = max(g for g, draw in enumerate(draws) if draw.source == "b")
+    assert 24 <= last <= 28
+    after = Counter(draw.source for draw in draws[last + 1 : last + 10])
+    assert (after["a"], after["c"]) == (6, 3)
+    for name, size in (("a", 10), ("b", 7), ("c", 5)):
+        order = [draw.index for draw in draws if draw.source == name]
+        for start in range(0, len(order) - size + 1, size):
+            assert sorted(order[start : start + size]) == list(range(size))
+    capless = Mix(sources, {"a": 2, "b": 1, "c": 1}, 0)
+    assert [capless[g] for g in range(last + 1)] == draws[: last + 1]
+    assert capless.fingerprint() != mix.fingerprint()
+
+
+def test_all_capped_ends():
+    mix = Mix({"a": range(10), "b": range(4)}, {"a": 1, "b": 1}, 0, {"a": 1, "b": 2})
+    assert mix.num_draws == 18
+    assert Counter(mix[g].source for g in range(18)) == {"a": 10, "b": 8}
+    with pytest.raises(IndexError):
+        mix[18]
+
+
 def test_errors():
     with pytest.raises(ConfigError, match="none of 1 sources has a weight above 0"):
         mix_of([0])

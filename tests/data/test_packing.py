@@ -1,9 +1,12 @@
 """Rows: what is in them, how full they are, and how even."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from megatron_unimm.data.packing import build_row, pack, plan_rows, rows_of_rank
+from megatron_unimm.data.length_mix import length_mix
+from megatron_unimm.data.packing import build_row, deal_rows, fill_rows, pack, plan_rows
 from megatron_unimm.data.sample import IGNORED_LABEL, TokenizedSample
 from megatron_unimm.errors import ConfigError, DataError
 
@@ -102,21 +105,26 @@ def test_few_rows():
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = rng.integers(1, 101, 60).tolist()
-        plan = plan_rows(lengths, sequence_length=100, num_rows_multiple=1, alignment=1, packing=True)
+        plan = plan_rows(lengths, costs=lengths, sequence_length=100, num_rows_multiple=1, alignment=1, packing=True)
         assert len(plan) <= 11 / 9 * -(-sum(lengths) // 100) + 12  # pieces over 50 cannot be paired freely
         assert all(sum(lengths[i] for i in row) <= 100 for row in plan)
     assert (
-        len(plan_rows([50, 30, 20, 60, 40], sequence_length=100, num_rows_multiple=1, alignment=1, packing=True)) == 2
+        len(
+            plan_rows(
+                [50, 30, 20, 60, 40], costs=[0] * 5, sequence_length=100, num_rows_multiple=1, alignment=1, packing=True
+            )
+        )
+        == 2
     )
 
 
 def test_ranks_get_even_work():
-    """Pairs of tokens per rank differ by a few percent, and each micro-batch costs about the same on all ranks."""
+    """Pairs of tokens per rank differ by a few percent."""
     lengths = np.random.default_rng(0).lognormal(5, 1, 600).clip(8, 2048).astype(int).tolist()
-    plan = plan_rows(lengths, sequence_length=2048, num_rows_multiple=4, alignment=1, packing=True)
-    cost = [sum(lengths[i] ** 2 for i in row) + (2048 - sum(lengths[i] for i in row)) ** 2 for row in plan]
-    per_rank = [[cost[row] for row in rows_of_rank(len(plan), rank, 4)] for rank in range(4)]
-    totals = [sum(costs) for costs in per_rank]
+    pairs = [length**2 for length in lengths]
+    plan = plan_rows(lengths, costs=pairs, sequence_length=2048, num_rows_multiple=4, alignment=1, packing=True)
+    cost = [sum(pairs[i] for i in row) for row in plan]
+    totals = [sum(cost[row] for row in rows) for rows in deal_rows(cost, 4)]
     assert max(totals) / min(totals) < 1.05
     naive = [sum(cost[rank * len(plan) // 4 : (rank + 1) * len(plan) // 4]) for rank in range(4)]
     assert max(naive) / min(naive) > 1.5
@@ -124,15 +132,68 @@ def test_ranks_get_even_work():
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8])
 def test_every_row_has_one_rank(dp_size):
-    shares = [rows_of_rank(16, rank, dp_size) for rank in range(dp_size)]
+    costs = np.random.default_rng(0).integers(1, 100, 16).tolist()
+    shares = deal_rows(costs, dp_size)
     assert sorted(row for share in shares for row in share) == list(range(16))
-    assert len({len(share) for share in shares}) == 1
+    assert {len(share) for share in shares} == {16 // dp_size}
+    assert all(costs[a] >= costs[b] for share in shares for a, b in pairwise(share))
+
+
+def test_dealing_by_hand():
+    """9 | 7 | 6 + … : the last two go where least is."""
+    assert deal_rows([9, 7, 6, 2], 2) == [[0, 3], [1, 2]]
+
+
+def test_filled_rows_hold_each_sample_once_and_no_more_than_fits():
+    rng = np.random.default_rng(0)
+    for alignment in (1, 4):
+        lengths = rng.integers(1, 60, 100).tolist()
+        rows, left = fill_rows(
+            lengths, lengths, num_rows=8, sequence_length=256, alignment=alignment, packing=True, first=5
+        )
+        assert sorted([i for row in rows for i in row] + left) == list(range(100))
+        assert all(sum(-(-lengths[i] // alignment) * alignment for i in row) <= 256 for row in rows)
+        assert not set(left) & set(range(5)), "what was left over before goes in first"
+
+
+def test_filled_rows_without_packing():
+    rows, left = fill_rows([5, 9, 7], [5, 9, 7], num_rows=2, sequence_length=16, alignment=1, packing=False)
+    assert (rows, left) == ([[1], [2]], [0])
+
+
+def test_filled_rows_at_scale():
+    """A length mix like LLaVA-OneVision's, 64 ranks of two rows of 8192 tokens, ten steps with what is left over."""
+    draw = length_mix(np.random.default_rng(0))
+    carried: list[int] = []
+    # In a decoder of 7B's shape, products with weights cost a token what attention costs it to 40,000 others.
+    linear = 8192 * 40_000.0
+    for _ in range(10):
+        lengths = list(carried)
+        while sum(lengths) < 1.02 * 128 * 8192:
+            lengths.append(next(draw))
+        pairs = [length * (length + 1) / 2 for length in lengths]
+        rows, left = fill_rows(
+            lengths, pairs, num_rows=128, sequence_length=8192, alignment=1, packing=True, first=len(carried)
+        )
+        padding = 1 - sum(lengths[i] for row in rows for i in row) / (128 * 8192)
+        work = [linear + sum(pairs[i] for i in row) for row in rows]
+        totals = [sum(work[row] for row in share) for share in deal_rows(work, 64)]
+        assert padding < 0.03
+        assert max(totals) / np.mean(totals) < 1.05
+        assert not set(left) & set(range(len(carried)))
+        carried = [lengths[i] for i in left]
 
 
 def test_plan_does_not_depend_on_the_number_of_rows_asked_for():
     lengths = np.random.default_rng(1).integers(1, 50, 30).tolist()
     plans = [
-        [row for row in plan_rows(lengths, sequence_length=64, num_rows_multiple=m, alignment=1, packing=True) if row]
+        [
+            row
+            for row in plan_rows(
+                lengths, costs=lengths, sequence_length=64, num_rows_multiple=m, alignment=1, packing=True
+            )
+            if row
+        ]
         for m in (1, 2, 8)
     ]
     assert plans[0] == plans[1] == plans[2]
@@ -140,7 +201,7 @@ def test_plan_does_not_depend_on_the_number_of_rows_asked_for():
 
 def test_errors():
     with pytest.raises(ConfigError, match="100 is not a multiple of 8"):
-        plan_rows([5], sequence_length=100, num_rows_multiple=1, alignment=8, packing=True)
+        plan_rows([5], costs=[0], sequence_length=100, num_rows_multiple=1, alignment=8, packing=True)
     with pytest.raises(DataError, match="is 64, but a sample has 65 tokens"):
-        plan_rows([5, 65], sequence_length=64, num_rows_multiple=1, alignment=1, packing=True)
+        plan_rows([5, 65], costs=[0, 0], sequence_length=64, num_rows_multiple=1, alignment=1, packing=True)
     assert pack([], sequence_length=8, num_rows_multiple=2, alignment=1, packing=True, pad_id=0) == []

@@ -78,7 +78,7 @@ def run(folder: Path, name: str, overrides: list[str]) -> None:
     platform, groups = setup.enter(stage)
     method, chunks = setup.build_model(stage, platform, groups)
     setup.fill(chunks, stage, Start(folder / "start", resume=False), groups)
-    loader, total_steps = setup.open_data(stage, groups)
+    loader, total_steps = setup.open_data(stage, platform, groups)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     step = TrainStep(stage, method, wrapped, build_optimizer(wrapped, stage, groups), platform, groups)
     steps = []

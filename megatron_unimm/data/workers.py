@@ -1,0 +1,173 @@
+"""The work on single samples, in threads or in processes: laying out, and decoding."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from megatron_unimm.data.chat import ChatFormat, concat_patches, image_order, layout_sample
+from megatron_unimm.data.decode.build import build_decoder
+from megatron_unimm.data.decode.interface import Decoder, ImageRequest
+from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.mix import Draw
+from megatron_unimm.data.plan import BadSample, Laid
+from megatron_unimm.data.sample import IGNORED_LABEL, TokenizedSample
+from megatron_unimm.data.sources.source import Source
+from megatron_unimm.errors import DataError
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+PER_PROCESS = 4
+"""Samples that a worker process loads at a time."""
+
+
+@dataclass(frozen=True)
+class SampleWork:
+    """What is done to one sample. Can be sent to another process."""
+
+    chat: ChatFormat
+    sources: Mapping[str, Source]
+
+    def decoder(self, threads: int, device: int | None) -> Decoder:
+        """The decoder that ``data.decoder`` names."""
+        data = self.chat.data
+        return build_decoder(data.decoder, max_pixels=data.max_image_pixels, threads=threads, device=device)
+
+    def lay_out(self, draw: Draw) -> "Laid | BadSample":
+        """Read a sample's text and the headers of its images."""
+        source = self.sources[draw.source]
+        where = source.where(draw.index)
+        try:
+            sample = source[draw.index]
+            return Laid(draw, where, sample, layout_sample(sample, self.chat))
+        except SampleError as error:
+            named = error if error.where == where else SampleError(where, str(error), error.fault)
+            return BadSample(draw.source, named)
+
+    def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[TokenizedSample, list[BadSample]]]:
+        """Decode the images of samples; where one is broken it is grey, and nothing is learned from its sample."""
+        requests = [request for each in laid for request in self.requests(each)]
+        decoded = iter(decoder.load(requests, self.chat.encoder))
+        return [self._with_patches(each, [next(decoded) for _ in each.layout.grids]) for each in laid]
+
+    def requests(self, laid: Laid) -> list[ImageRequest]:
+        """The images of a sample in the order in which they stand, at the sizes of their grids."""
+        patch, data, layout = self.chat.encoder.patch_size, self.chat.data, laid.layout
+        images = zip(image_order(laid.sample.turns), layout.grids, layout.is_target, strict=True)
+        sizes = [
+            (index, grid, data.generation_size if drawn else data.understanding_size) for index, grid, drawn in images
+        ]
+        return [
+            ImageRequest(laid.sample.images[index], int(grid[2]) * patch, int(grid[1]) * patch, size.crop, size.filter)
+            for index, grid, size in sizes
+        ]
+
+    def _with_patches(
+        self, laid: Laid, decoded: Sequence[np.ndarray | SampleError]
+    ) -> tuple[TokenizedSample, list[BadSample]]:
+        encoder, patches, broken = self.chat.encoder, [], []
+        for grid, found in zip(laid.layout.grids, decoded, strict=True):
+            if isinstance(found, SampleError):
+                broken.append(BadSample(laid.draw.source, SampleError(laid.where, str(found), found.fault)))
+                found = np.zeros((int(grid.prod()), encoder.patch_dim), dtype=np.float32)
+            patches.append(found)
+        layout = void(laid.layout) if broken else laid.layout
+        return replace(layout, patches=concat_patches(patches, encoder)), broken
+
+
+def void(sample: TokenizedSample) -> TokenizedSample:
+    """The sample with nothing to learn from: no labels, no targets."""
+    return replace(
+        sample,
+        labels=np.full_like(sample.labels, IGNORED_LABEL),
+        is_target=np.zeros_like(sample.is_target),
+        predict_index=sample.predict_index[:0],
+        target_index=sample.target_index[:0],
+    )
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """Does :class:`SampleWork` on many samples at a time, in order.
+
+    Threads share one decoder, which gets the images of all samples at once; each process has its own, and gets those of
+    a few samples at a time.
+
+    Args:
+        kind: threads share what they read; processes have each their own and are not slowed by each other's Python.
+        count: 0 works in the thread that asks.
+        device: number of the GPU that may decode; processes decode on the CPU.
+    """
+
+    def __init__(
+        self, work: SampleWork, kind: Literal["thread", "process"], count: int, device: int | None = None
+    ) -> None:
+        self.work = work
+        self._in_processes = kind == "process" and count > 0
+        self._pool: Executor | None = None
+        self._decoder: Decoder | None = None
+        if self._in_processes:
+            # Not forked: a fork of a process with threads (and CUDA) may hang.
+            self._pool = ProcessPoolExecutor(count, get_context("spawn"), _set_up, (work,))
+            return
+        self._decoder = work.decoder(count, device)
+        if count:
+            self._pool = ThreadPoolExecutor(count, "data-sample")
+
+    def lay_out(self, draws: Sequence[Draw]) -> list["Laid | BadSample"]:
+        """:meth:`SampleWork.lay_out` of each."""
+        return self._map(_lay_out if self._in_processes else self.work.lay_out, draws)
+
+    def load(self, laid: Sequence[Laid]) -> list[tuple[TokenizedSample, list[BadSample]]]:
+        """:meth:`SampleWork.load` of each."""
+        if self._decoder is not None:
+            return self.work.load(laid, self._decoder)
+        batches = [laid[start : start + PER_PROCESS] for start in range(0, len(laid), PER_PROCESS)]
+        return [done for batch in self._map(_load, batches) for done in batch]
+
+    def _map(self, function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> list[ResultT]:
+        if self._pool is None:
+            return [function(item) for item in items]
+        try:
+            return list(self._pool.map(function, items))
+        except BrokenProcessPool as error:
+            raise DataError(
+                "data.workers",
+                "a worker process died (killed, perhaps for lack of memory); lower data.prefetch_workers or "
+                "data.max_image_pixels, or use data.workers=thread",
+            ) from error
+
+    def close(self) -> None:
+        """End the workers, once what they are doing is done."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self._decoder is not None:
+            self._decoder.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_here: list[tuple[SampleWork, Decoder]] = []
+"""A worker process's work: executors hand arguments to functions of modules only."""
+
+
+def _set_up(work: SampleWork) -> None:
+    _here[:] = [(work, work.decoder(0, None))]
+
+
+def _lay_out(draw: Draw) -> Any:
+    return _here[0][0].lay_out(draw)
+
+
+def _load(laid: Sequence[Laid]) -> Any:
+    work, decoder = _here[0]
+    return work.load(laid, decoder)
