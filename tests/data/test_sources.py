@@ -325,7 +325,7 @@ def test_index_is_reused_and_renewed(tmp_path, reference, monkeypatch):
     # A file that changes while it is read through is not for use.
     kept.unlink()
     times = itertools.count()
-        monkeypatch.setattr(index_module.Stamp, "of", classmethod(lambda cls, path: cls(1, next(times))))
+    monkeypatch.setattr(index_module.Stamp, "of", classmethod(lambda cls, path: cls(1, next(times))))
     with pytest.raises(DataError, match="changed while it was indexed"):
         open_path(reference, images=images)
 
