@@ -213,3 +213,32 @@ def _as_text(sample: "Sample") -> str:
 def _count_lines(path: Path) -> int:
     with path.open("rb") as lines:
         return sum(1 for _ in lines)
+
+
+@data.command(
+    epilog="""\b
+Example:
+  unimm data cache configs/orion/shapes.yaml --stage warm_up --to runs/features
+  unimm train configs/orion/shapes.yaml --stage warm_up stages.warm_up.data.feature_cache=runs/features"""
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--stage", help="Stage of the recipe; may be left out where it has only one.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
+def cache(recipe: Path, overrides: tuple[str, ...], stage: str | None, to: Path) -> None:
+    """Compute the vision features of a stage's images once, for stages whose vision encoder is frozen.
+
+    Under torchrun or srun each rank takes its share.
+    """
+    from megatron_unimm.config.load import load_recipe, select_stage
+
+    chosen = select_stage(load_recipe(recipe, overrides), stage)
+
+    from megatron_unimm.train.log import setup_logging
+
+    setup_logging()  # before Megatron-Core is imported, which warns
+
+    from megatron_unimm.train.feature_cache import make_cache
+
+    count = make_cache(chosen, to)
+    click.echo(f"{count} images in {to}")

@@ -168,6 +168,9 @@ class DataConfig(Section):
     """Threads start at once and share what is read; processes are not slowed by one another's Python."""
     max_bad_share: float = Field(default=0.5, ge=0, le=1)
     """The run stops when more of a step's samples than this cannot be used."""
+    feature_cache: str = ""
+    """Folder of features that ``unimm data cache`` computed; images are then neither decoded nor run through the tower.
+    Only for stages whose vision encoder is frozen. Empty for none."""
     decoder: DecoderKind = "auto"
     """What decodes and resizes images. ``pillow`` gives transformers' pixels exactly; ``dali`` is faster, and differs
     by less than 1/255; ``auto`` takes DALI where it is installed."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.mix import Mix
 from megatron_unimm.data.packing import build_row, deal_rows
 from megatron_unimm.data.plan import BadSample, BatchSize, Planner, PlanState, RowRule, StepPlan
@@ -90,6 +91,7 @@ class StepLoader:
         shard: what this rank reads.
         cost: work of a sample beyond what its tokens cost in any row; evens out the work of rows and ranks.
         num_steps: the step to stop before.
+        features: of images, computed beforehand.
 
     Raises:
         DataError: too many of a step's samples are bad, or a worker process died.
@@ -105,6 +107,7 @@ class StepLoader:
         shard: DataShard,
         cost: Callable[[TokenizedSample], float] = pairs_of_tokens,
         num_steps: int | None = None,
+        features: FeatureStore | None = None,
     ) -> None:
         data = chat.data
         if data.sequence_length % shard.alignment:
@@ -114,7 +117,7 @@ class StepLoader:
         self._mix = mix
         self._shard = shard
         self._num_steps = num_steps
-        self._workers = Workers(SampleWork(chat, sources), data.workers, data.prefetch_workers, shard.device)
+        self._workers = Workers(SampleWork(chat, sources, features), data.workers, data.prefetch_workers, shard.device)
         rule = RowRule(data.sequence_length, shard.alignment, shard.dp_size * shard.rows_multiple, data.packing)
         self._planner = Planner(mix, size, rule, self._workers.lay_out, cost, data.max_bad_share)
         self._state = PlanState()

@@ -186,7 +186,15 @@ def build_row(
         sample_ids=tuple(sample.id for sample in samples),
         kinds=tuple(sample.kind for sample in samples),
         num_padding=sequence_length - sum(len(sample) for sample in samples),
+        features=_join_features(samples),
     )
+
+
+def _join_features(samples: Sequence[TokenizedSample]) -> np.ndarray | None:
+    """Features of all samples, where they were computed beforehand."""
+    found = [sample.features for sample in samples if sample.features is not None]
+    assert len(found) in (0, len(samples)), "features of all samples, or of none"
+    return np.concatenate(found) if found else None
 
 
 def _join(

@@ -61,6 +61,8 @@ class TokenizedSample:
     """int64 [V_target]: positions whose hidden state predicts a visual token (visual_index - 1, target images only)."""
     target_index: np.ndarray
     """int64 [V_target]: rows of the merged features (0..V-1) that predict_index predicts."""
+    features: np.ndarray | None = None
+    """[V, F] of all images, computed beforehand in place of patches; float32, or bfloat16 as its bits in int16."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -92,3 +94,4 @@ class PackedRow:
     kinds: tuple[SampleKind, ...]
     num_padding: int
     """Tokens of the row that belong to no sample (padding inside segments included)."""
+    features: np.ndarray | None = None

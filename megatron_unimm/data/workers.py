@@ -15,6 +15,7 @@ from megatron_unimm.data.chat import ChatFormat, concat_patches, image_order, la
 from megatron_unimm.data.decode.build import build_decoder
 from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.features import STORED, FeatureStore, image_key
 from megatron_unimm.data.mix import Draw
 from megatron_unimm.data.plan import BadSample, Laid
 from megatron_unimm.data.sample import IGNORED_LABEL, TokenizedSample
@@ -34,6 +35,8 @@ class SampleWork:
 
     chat: ChatFormat
     sources: Mapping[str, Source]
+    features: FeatureStore | None = None
+    """Computed beforehand; images are then looked up instead of decoded."""
 
     def decoder(self, threads: int, device: int | None) -> Decoder:
         """The decoder that ``data.decoder`` names."""
@@ -52,7 +55,10 @@ class SampleWork:
             return BadSample(draw.source, named)
 
     def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[TokenizedSample, list[BadSample]]]:
-        """Decode the images of samples; where one is broken it is grey, and nothing is learned from its sample."""
+        """Decode the images of samples, or look their features up; where one is broken it is grey, and nothing is
+        learned from its sample."""
+        if self.features is not None:
+            return [self._with_features(each, self.features) for each in laid]
         requests = [request for each in laid for request in self.requests(each)]
         decoded = iter(decoder.load(requests, self.chat.encoder))
         return [self._with_patches(each, [next(decoded) for _ in each.layout.grids]) for each in laid]
@@ -68,6 +74,22 @@ class SampleWork:
             ImageRequest(laid.sample.images[index], int(grid[2]) * patch, int(grid[1]) * patch, size.crop, size.filter)
             for index, grid, size in sizes
         ]
+
+    def _with_features(self, laid: Laid, store: FeatureStore) -> tuple[TokenizedSample, list[BadSample]]:
+        found, broken = [np.empty((0, store.meta.width), STORED[store.meta.dtype])], []
+        for request, grid in zip(self.requests(laid), laid.layout.grids, strict=True):
+            features = store.get(image_key(request))
+            if features is None:
+                what = f"lacks {request.file} of {laid.where}; run unimm data cache again"
+                raise DataError(str(store.folder), what)
+            if not len(features):  # The cache's maker could not decode it.
+                error = SampleError(laid.where, f"{request.file} could not be decoded", "unreadable image")
+                broken.append(BadSample(laid.draw.source, error))
+                count = int(grid.prod()) // self.chat.encoder.spatial_merge_size**2
+                features = np.zeros((count, store.meta.width), STORED[store.meta.dtype])
+            found.append(features)
+        layout = void(laid.layout) if broken else laid.layout
+        return replace(layout, features=np.concatenate(found)), broken
 
     def _with_patches(
         self, laid: Laid, decoded: Sequence[np.ndarray | SampleError]

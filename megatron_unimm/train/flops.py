@@ -246,6 +246,8 @@ def sample_flops(sample: TokenizedSample, stage: StageConfig, frozen: Collection
 
 def _tower_flops(row: PackedRow | TokenizedSample, model: VisionEncoder, trains: bool) -> float:
     total = 0.0
+    if row.features is not None:  # Computed beforehand.
+        return total
     if trains:
         embedding, rest = vision_work(model, row.grids[~row.is_target])
         total += embedding.cost(trains=True, passes_gradient=False) + rest.cost(trains=True, passes_gradient=True)

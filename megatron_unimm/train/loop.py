@@ -145,14 +145,14 @@ class Loop:
         weighted = {name: weight * losses[name] for name, weight in zip(method.terms, method.weights, strict=True)}
         seconds = time.perf_counter() - window.started
         # Each data-parallel rank has its own rows; the others repeat them.
-        counts = torch.tensor(
-            [window.tokens, window.positions, window.images, window.samples, window.broken_images, window.flops],
-            dtype=torch.float64,
-            device=self.platform.device,
-        )
+        sources = list(self.stage.data.sources)
+        mine = [window.tokens, window.positions, window.images, window.samples, window.flops]
+        mine += [window.broken_images[source] for source in sources]
+        counts = torch.tensor(mine, dtype=torch.float64, device=self.platform.device)
         dist.all_reduce(counts, group=self.groups.collection.dp)
-        tokens, positions, images, samples, broken, flops = counts.tolist()
-        self.totals.add_broken_images(int(broken))
+        tokens, positions, images, samples, flops, *broken = counts.tolist()
+        for source, count in zip(sources, broken, strict=True):
+            self.totals.add_broken_images(source, int(count))
         model_tflops = flops / seconds / self.groups.world_size / 1e12
         multipliers = sorted({rule.learning_rate_multiplier for rule in self.stage.train.trainable if rule.train})
         skipped = int(self.train_step.guard.skipped.item())

@@ -71,7 +71,8 @@ class Window:
     positions: int = 0
     images: int = 0
     samples: int = 0
-    broken_images: int = 0
+    broken_images: Counter[str] = field(default_factory=Counter)
+    """By source."""
     flops: float = 0.0
     """Of this rank's rows, shared by all ranks that hold a part of them."""
     started: float = 0.0
@@ -83,7 +84,8 @@ class Window:
         self.losses = torch.zeros(self.num_terms, device=self.device)
         self.good_steps = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
-        self.steps = self.tokens = self.positions = self.images = self.samples = self.broken_images = 0
+        self.steps = self.tokens = self.positions = self.images = self.samples = 0
+        self.broken_images = Counter()
         self.flops = 0.0
         self.started = time.perf_counter()
 
@@ -95,7 +97,7 @@ class Window:
         self.skipped += result.skip
         self.last = result
         self.steps += 1
-        self.broken_images += len(batch.voided)
+        self.broken_images.update(bad.source for bad in batch.voided)
         for row in batch.rows:
             self.tokens += len(row.input_ids) - row.num_padding
             self.positions += len(row.input_ids)
@@ -115,10 +117,10 @@ class Totals:
         self.draws.update(batch.counts)
         self.faults.update(f"{bad.source}/{bad.error.fault}" for bad in batch.bad)
 
-    def add_broken_images(self, count: int) -> None:
+    def add_broken_images(self, source: str, count: int) -> None:
         """Images that turned out broken when decoded, of all ranks; each rank finds only those of its own rows."""
         if count:
-            self.faults["all/broken image"] += count
+            self.faults[f"{source}/broken image"] += count
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         return {"draws": dict(self.draws), "faults": dict(self.faults)}

@@ -11,6 +11,7 @@ from megatron_unimm.config.recipe import Recipe, StageConfig
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup
 from megatron_unimm.train.callbacks.default import default_callbacks
+from megatron_unimm.train.feature_cache import open_cache
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_unimm.train.state import Checkpointer, find_start
@@ -40,7 +41,7 @@ def train_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, resume: str =
         io_group = new_io_group()
         method, chunks = setup.build_model(stage, platform, groups)
         setup.fill(chunks, stage, start, groups)
-        loader, total_steps = setup.open_data(stage, platform, groups)
+        loader, total_steps = setup.open_data(stage, platform, groups, open_cache(stage, groups))
         wrapped = wrap_data_parallel(chunks, stage, groups)
         optimizer = build_optimizer(wrapped, stage, groups)
         step = TrainStep(stage, method, wrapped, optimizer, platform, groups)

@@ -13,6 +13,7 @@ from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
+from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.loader import DataShard, StepLoader
 from megatron_unimm.data.mix import Mix
 from megatron_unimm.data.plan import BatchSize
@@ -78,7 +79,9 @@ def chat_format(stage: StageConfig) -> ChatFormat:
     return ChatFormat(ChatTokenizer(folder, stage.model), stage.model.vision_encoder, stage.data)
 
 
-def open_data(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> tuple[StepLoader, int]:
+def open_data(
+    stage: StageConfig, platform: Platform, groups: ParallelGroups, features: FeatureStore | None = None
+) -> tuple[StepLoader, int]:
     """The loader of this rank and the number of optimizer steps of the stage.
 
     Raises:
@@ -123,6 +126,7 @@ def open_data(stage: StageConfig, platform: Platform, groups: ParallelGroups) ->
         size=size,
         shard=shard,
         cost=partial(sample_flops, stage=stage, frozen=frozen_parts(stage)),
+        features=features,
     )
     return loader, steps
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_unimm.checkpoint.manifest import find_checkpoint
 from megatron_unimm.config.load import dump
 from megatron_unimm.data.chat import layout_sample
+from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import Image
 from megatron_unimm.data.sample import Sample, Turn
 from megatron_unimm.errors import CheckpointError, ConfigError
@@ -105,7 +106,7 @@ def test_positions_are_those_of_a_training_sample(generator: Generator, tmp_path
     """The layout of data/chat.py for an answer of an image, beside this file's own words that decoding is held to."""
     Image.fromarray(picture(0)).save(tmp_path / "a.png")
     turns = (Turn("user", (0, "Make it blue.")), Turn("assistant", (1, "Done.")))
-    sample = layout_sample(Sample("s", "editing", turns, (tmp_path / "a.png",) * 2), generator.chat)
+    sample = layout_sample(Sample("s", "editing", turns, (DiskImage(tmp_path / "a.png"),) * 2), generator.chat)
     token_ids = generator.stage.model.token_ids
     expected = positions_of(sample.input_ids, token_ids.vision_start, token_ids.image_pad)
     assert np.array_equal(sample.position_ids, expected)

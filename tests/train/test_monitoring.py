@@ -19,7 +19,9 @@ from small_orion import make_row, small_stage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.loader import StepBatch
+from megatron_unimm.data.plan import BadSample
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train import log, setup
@@ -51,8 +53,8 @@ SCALARS = {
     "memory/peak_gib",
     "data/padding_share",
     "data/faults/all",
-    "data/faults/too_long",
-    "data/faults/broken_image",
+    "data/faults/drawn/too_long",
+    "data/faults/understanding/broken_image",
     *(f"data/{share}/{source}" for share in ("share", "share_requested") for source in ("understanding", "drawn")),
     "moe/imbalance/layer_00",
     "moe/imbalance/layer_01",
@@ -68,7 +70,9 @@ class Rows:
 
     def __next__(self) -> StepBatch:
         drawn = {"understanding": 1, "drawn": 3}
-        return StepBatch(0, self.rows, drawn, ["somewhere: too long"], ["too long"], ["somewhere: broken"])
+        left_out = BadSample("drawn", SampleError("somewhere", "is too long", "too long"))
+        broken = BadSample("understanding", SampleError("elsewhere", "is broken", "unreadable image"))
+        return StepBatch(0, self.rows, drawn, [left_out], [broken])
 
     def state_dict(self) -> dict[str, int]:
         return {}
@@ -146,7 +150,7 @@ def test_tensorboard_of_a_run_and_of_its_resume(
     assert all(list(curve(events, tag)) == [1, 2, 3, 4] for tag in SCALARS)
     assert curve(events, "data/share/drawn")[4] == 0.75
     assert curve(events, "data/share_requested/drawn")[4] == pytest.approx(0.8)
-    assert curve(events, "data/faults/too_long")[4] == 4
+    assert curve(events, "data/faults/drawn/too_long")[4] == 4
     tflops, mfu = curve(events, "speed/model_tflops_per_device"), curve(events, "speed/mfu")
     assert mfu[4] == pytest.approx(tflops[4] / 1e-3)
     assert "num_experts: 4" in texts(events, "config")[0]

@@ -21,6 +21,7 @@ from megatron_unimm.data.shapes import write_shapes
 from megatron_unimm.errors import UserError
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup
+from megatron_unimm.train.feature_cache import make_cache
 from megatron_unimm.train.run import train_stage
 from megatron_unimm.train.state import checkpoint_folder, model_state
 
@@ -163,3 +164,58 @@ def test_wrong_input_names_its_place(name: str, train: Train, tmp_path: Path) ->
         train(stage, tmp_path, *more)
     assert "\n" not in str(caught.value)
     assert not torch.distributed.is_initialized()
+
+
+# --- features computed beforehand
+
+
+def make_features(repo: Path, overrides: list[str], folder: Path, *more: str) -> int:
+    recipe = load_recipe(repo / "configs/orion/shapes.yaml", [*overrides, *more])
+    return make_cache(select_stage(recipe, "warm_up"), folder)
+
+
+def test_cached_features_train_alike(repo: Path, overrides: list[str], train: Train, tmp_path: Path) -> None:
+    """The same losses as with pixels, on one rank and on the two stages of a pipeline; nothing is decoded."""
+    assert make_features(repo, overrides, tmp_path / "features") > 10
+    assert train("warm_up", tmp_path / "pixels") == 0
+    use = f"data.feature_cache={tmp_path}/features"
+    assert train("warm_up", tmp_path / "cached", use) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_unimm.cli", "train", "configs/orion/shapes.yaml", "--stage", "warm_up"]
+    settings = [*overrides, use, "system.parallel.pipeline=2"]
+    subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "pipeline"), *settings], cwd=repo, check=True, capture_output=True
+    )
+    losses = {
+        name: [record["losses"]["mse"] for record in records(tmp_path / name, "warm_up")]
+        for name in ("pixels", "cached", "pipeline")
+    }
+    assert losses["cached"] == pytest.approx(losses["pixels"], rel=1e-5)
+    assert losses["pipeline"] == pytest.approx(losses["pixels"], rel=1e-5)
+
+
+def test_cached_features_must_fit(repo: Path, overrides: list[str], train: Train, tmp_path: Path) -> None:
+    """Of another model, for a tower that trains, unfinished, or without an image: each says what to do."""
+    features = tmp_path / "features"
+    make_features(repo, overrides, features)
+    use = f"data.feature_cache={features}"
+    with pytest.raises(UserError, match="set, but the vision encoder trains in stage sft"):
+        train("sft", tmp_path / "a", use, "stages.sft.after=null")
+    destroy_groups()
+    with pytest.raises(UserError, match=r"exists already; choose another name"):
+        make_features(repo, overrides, features)
+    meta = json.loads((features / "meta.json").read_text())
+    (features / "meta.json").write_text(json.dumps({**meta, "weights": "0" * 64}))
+    with pytest.raises(UserError, match="weights differs: of another model; make it again with unimm data cache"):
+        train("warm_up", tmp_path / "b", use)
+    destroy_groups()
+    (features / "meta.json").write_text(json.dumps(meta))
+    for path in features.glob("part-*.rows"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"lacks .*\.(jpg|png) of .*; run unimm data cache again"):
+        train("warm_up", tmp_path / "c", use)
+    destroy_groups()
+    (features / "meta.json").unlink()
+    with pytest.raises(UserError, match="is no finished cache of features"):
+        train("warm_up", tmp_path / "d", use)
+    destroy_groups()

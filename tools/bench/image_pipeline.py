@@ -12,8 +12,9 @@ rule of Qwen2.5-VL's processor, and cut it to patches in float32.
     dali_graph     the same with DALI's own resize, as on a GPU
     pillow         PillowDecoder with a thread per core; transformers' values to the last digit but one
 
-Rounds take turns, so that what else the machine does hits all alike; medians are reported. The overhead is the share of
-the time of dali that is spent on other things than its work on images in memory: finding members in the shards, reading
+Rounds take turns, so that what else the machine does hits all alike. Of wall time the median is reported; of CPU time,
+worker processes included, the least, as other work on the machine can only add to it. The overhead is the share of the
+CPU time of dali that is spent on other things than its work on images in memory: finding members in the shards, reading
 headers to plan sizes, and reading files.
 """
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from rich.console import Console
@@ -160,11 +162,19 @@ def differences(files: list[ShardImage], decoders: dict[str, Decoder]) -> dict[s
     return found
 
 
-def seconds(work: Callable[[], int], expected: int) -> float:
-    start = time.perf_counter()
+def cpu_seconds() -> float:
+    """Of this process and its workers so far."""
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(spent.user + spent.system for spent in times)
+
+
+def timed(work: Callable[[], int], expected: int) -> tuple[float, float]:
+    """Wall and CPU seconds of some work, which answers how many patches it made."""
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     made = work()
     assert made == expected, f"{made} patches, expected {expected}"
-    return time.perf_counter() - start
+    return time.perf_counter() - start, cpu_seconds() - cpu_start
 
 
 def measure(folder: Path, cores: int, rounds: int) -> dict[str, Any]:
@@ -191,21 +201,23 @@ def measure(folder: Path, cores: int, rounds: int) -> dict[str, Any]:
         "dali, files in memory": lambda: run_decoder(decoders["dali"], in_memory),
     }
     apart = differences(files[:16], decoders)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, work in ways.items():
-            taken = seconds(work, total)
+            taken, spent = timed(work, total)
             if number:  # The first round starts worker processes and fills caches.
-                times[name].append(taken)
+                wall[name].append(taken)
+                cpu[name].append(spent)
     for decoder in decoders.values():
         decoder.close()
     threads.close()
-    speed = {name: len(files) / statistics.median(taken) for name, taken in times.items()}
+    speed = {name: len(files) / statistics.median(taken) for name, taken in wall.items()}
+    cpu_each = {name: 1000 * min(spent) / len(files) for name, spent in cpu.items()}
     ratios = {
-        name: statistics.median(a / b for a, b in zip(times["transformers"], times[name], strict=True))
+        name: statistics.median(a / b for a, b in zip(wall["transformers"], wall[name], strict=True))
         for name in decoders
     }
-    inside = [m / w for m, w in zip(times["dali, files in memory"], times["dali"], strict=True)]
     return {
         "images": len(files),
         "mean_kilobytes": round(statistics.mean(file.length for file in files) / 1000, 1),
@@ -215,8 +227,10 @@ def measure(folder: Path, cores: int, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "images_per_second": {name: round(value, 1) for name, value in speed.items()},
         "times_transformers": {name: round(value, 2) for name, value in ratios.items()},
-        "seconds": {name: [round(value, 3) for value in taken] for name, taken in times.items()},
-        "overhead_beyond_decoding": round(1 - statistics.median(inside), 3),
+        "cpu_milliseconds_per_image": {name: round(value, 2) for name, value in cpu_each.items()},
+        "times_transformers_by_cpu": {name: round(cpu_each["transformers"] / cpu_each[name], 2) for name in decoders},
+        "overhead_beyond_decoding": round(1 - cpu_each["dali, files in memory"] / cpu_each["dali"], 3),
+        "seconds": {name: [round(value, 3) for value in taken] for name, taken in wall.items()},
         "difference_from_transformers_in_255ths": apart,
     }
 
@@ -243,11 +257,13 @@ def main() -> None:
         "versions": {name: version_of(name) for name in ("torch", "transformers", "pillow", "nvidia-dali-cuda120")},
         **measured,
     }
-    table = Table("", "images/s", "times transformers", "mean difference / 255")
+    table = Table("", "images/s", "times transformers", "CPU ms", "mean difference / 255")
     for name, speed in measured["images_per_second"].items():
         ratio = measured["times_transformers"].get(name)
         apart = measured["difference_from_transformers_in_255ths"].get(name)
-        table.add_row(name, f"{speed:.1f}", f"{ratio:.2f}" if ratio else "", f"{apart['mean']:.3f}" if apart else "")
+        spent = measured["cpu_milliseconds_per_image"][name]
+        difference = f"{apart['mean']:.3f}" if apart else ""
+        table.add_row(name, f"{speed:.1f}", f"{ratio:.2f}" if ratio else "", f"{spent:.1f}", difference)
     console = Console()
     console.print(table)
     console.print(f"overhead beyond decoding: {measured['overhead_beyond_decoding']:.1%}")

@@ -40,6 +40,8 @@ class Sight:
     None if the tower is frozen."""
     visual_index: Tensor
     """int64 ``[V]``: where the visual tokens stand in the row."""
+    features: Tensor | None
+    """``[V, (1 + K) H]`` of all images, where they were computed beforehand; then the two above are None."""
     read_rows: Tensor
     """int64: which of the V are of images that are read (those that the trained tower sees); the others are to be
     generated."""
@@ -59,6 +61,8 @@ class Targets:
     """int64 ``[n_vision]``: rows of the features of ``images`` (or of all images, on a stage that has those)."""
     images: VisionInput | None
     """Images to be generated, for the last stage's copy of the frozen tower; None where the first stage is the same."""
+    features: Tensor | None
+    """Of all images, where they were computed beforehand and the first stage is another."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ def build_batch(row: PackedRow, model: ModelConfig, role: Role, device: torch.de
 
 def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype) -> Sight:
     trained, read_rows = None, _feature_rows(row, ~row.is_target, model)
+    if row.features is not None:
+        assert not role.vision_encoder_trains, "checked when the cache is opened"
+        features = _features(row.features, device, dtype)
+        return Sight(None, None, _tensor(row.visual_index, device), features, _tensor(read_rows, device))
     if role.vision_encoder_trains:
         patches, grids = _choose(row, ~row.is_target)
         if not len(grids):
@@ -110,7 +118,7 @@ def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device,
     frozen = None
     if len(row.grids) and (not role.vision_encoder_trains or len(row.predict_index)):
         frozen = VisionInput.build(row.patches, row.grids, model.vision_encoder, device, dtype)
-    return Sight(frozen, trained, _tensor(row.visual_index, device), _tensor(read_rows, device))
+    return Sight(frozen, trained, _tensor(row.visual_index, device), None, _tensor(read_rows, device))
 
 
 def _targets(
@@ -122,8 +130,10 @@ def _targets(
     place[local] = np.arange(len(local))
     mine = place[row.predict_index] >= 0
     feature_rows = row.target_index[mine]
-    images = None
-    if not role.first_stage and len(row.predict_index):
+    images = features = None
+    if not role.first_stage and row.features is not None:
+        features = _features(row.features, device, dtype)
+    elif not role.first_stage and len(row.predict_index):
         patches, grids = _choose(row, row.is_target)
         images = VisionInput.build(patches, grids, model.vision_encoder, device, dtype)
         feature_rows = np.searchsorted(_feature_rows(row, row.is_target, model), feature_rows)
@@ -133,7 +143,14 @@ def _targets(
         vision_index=_tensor(place[row.predict_index[mine]], device),
         feature_rows=_tensor(feature_rows, device),
         images=images,
+        features=features,
     )
+
+
+def _features(stored: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[V, F]`` on the device; bfloat16 comes as its bits."""
+    values = torch.from_numpy(stored)
+    return (values.view(torch.bfloat16) if values.dtype == torch.int16 else values).to(device, dtype)
 
 
 def _choose(row: PackedRow, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

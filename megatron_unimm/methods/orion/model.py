@@ -104,9 +104,8 @@ class OrionModel(MegatronModule):
         self.has_teacher = with_base and self.weights.kl > 0
         if self.has_teacher:
             self.base.backbone = decoder()
-        if with_base and (
-            (self.pre_process and not frozen.vision_encoder) or (self.post_process and not self.pre_process)
-        ):
+        makes_targets = self.post_process and not self.pre_process and not stage.data.feature_cache
+        if with_base and ((self.pre_process and not frozen.vision_encoder) or makes_targets):
             self.base.vision_encoder = tower()
         self.base.requires_grad_(False).eval()
 
@@ -189,7 +188,7 @@ class OrionModel(MegatronModule):
 
     def _frozen_features(self, sight: Sight) -> Tensor | None:
         if sight.frozen is None:
-            return None
+            return sight.features
         tower = self.vision_encoder if self.frozen.vision_encoder else self.base.vision_encoder
         with torch.no_grad():
             return tower(sight.frozen)
@@ -274,6 +273,8 @@ class OrionModel(MegatronModule):
                 self.text_observer(logits.detach())
             ce = losses.text_understanding_loss(logits, targets.text_labels)
         if batch.generates:
+            if features is None:
+                features = targets.features
             if features is None:
                 with torch.no_grad():
                     features = self.base.vision_encoder(targets.images)
