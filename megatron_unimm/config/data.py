@@ -55,7 +55,7 @@ DecoderKind = Literal["auto", "pillow", "dali"]
 class ImageSizeConfig(Section):
     """Side lengths in pixels that an image is brought to, before rounding to whole visual tokens."""
 
-    kind: Literal["long_side"] = "long_side"
+    rule: Literal["long_side"] = "long_side"
     crop: ClassVar[bool] = False
     filter: ClassVar[ResizeFilter] = "bicubic"
     min_side: int = Field(gt=0)
@@ -74,7 +74,7 @@ class PixelSizeConfig(Section):
     Qwen2.5-VL's checkpoints come with 3136 and 12845056 pixels, Qwen3-VL's with 65536 and 16777216.
     """
 
-    kind: Literal["pixels"]
+    rule: Literal["pixels"]
     crop: ClassVar[bool] = False
     min_pixels: int = Field(default=56 * 56, gt=0)
     max_pixels: int = Field(default=1280 * 28 * 28, gt=0)
@@ -90,7 +90,7 @@ class PixelSizeConfig(Section):
 class SquareSizeConfig(Section):
     """Every image becomes a square of one size, whatever its aspect ratio: SigLIP's processor."""
 
-    kind: Literal["square"]
+    rule: Literal["square"]
     crop: ClassVar[bool] = False
     side: int = Field(gt=0)
     """In pixels."""
@@ -102,7 +102,7 @@ class PatchBudgetConfig(Section):
     """The aspect ratio is kept as well as whole patches allow, and at most so many of them are filled: SigLIP 2 NaFlex
     (arXiv 2502.14786, section 2.4.2)."""
 
-    kind: Literal["max_patches"]
+    rule: Literal["max_patches"]
     crop: ClassVar[bool] = False
     max_patches: int = Field(default=256, gt=0)
     filter: ResizeFilter = "bilinear"
@@ -112,7 +112,7 @@ class BucketSizeConfig(Section):
     """One of a few sizes of about equal area, the one of the nearest aspect ratio; what stands over is cropped from
     both ends. For images to be generated."""
 
-    kind: Literal["buckets"]
+    rule: Literal["buckets"]
     crop: ClassVar[bool] = True
     sizes: list[tuple[int, int]] = Field(min_length=1)
     """Width and height in pixels, each a whole number of visual tokens."""
@@ -127,14 +127,14 @@ class BucketSizeConfig(Section):
 
 
 def _long_side_by_default(value: Any) -> Any:
-    """Recipes may write a long side without its kind."""
-    return {"kind": "long_side", **value} if isinstance(value, dict) else value
+    """Recipes may write a long side without its rule."""
+    return {"rule": "long_side", **value} if isinstance(value, dict) else value
 
 
 ImageSize = Annotated[
     Annotated[
         ImageSizeConfig | PixelSizeConfig | SquareSizeConfig | PatchBudgetConfig | BucketSizeConfig,
-        Field(discriminator="kind"),
+        Field(discriminator="rule"),
     ],
     BeforeValidator(_long_side_by_default),
 ]
@@ -152,10 +152,10 @@ class DataConfig(Section):
     tokenizer: str = ""
     """Folder with the Hugging Face tokenizer; empty for the one saved with the checkpoint."""
     system_prompt: str = "You are a helpful assistant."
-    generation_size: ImageSizeConfig = ImageSizeConfig(min_side=252, max_side=252)
-    """Long side of images to be generated (Table 1, Gen resolution)."""
-    understanding_size: ImageSizeConfig = ImageSizeConfig(min_side=56, max_side=1024)
-    """Long side of images that are read (Table 1, Und resolution)."""
+    generation_size: ImageSize = ImageSizeConfig(min_side=252, max_side=252)
+    """Of images to be generated (ORION, Table 1, Gen resolution: their long side)."""
+    understanding_size: ImageSize = ImageSizeConfig(min_side=56, max_side=1024)
+    """Of images that are read (ORION, Table 1, Und resolution: their long side)."""
     sequence_length: int = Field(default=4096, gt=0)
     """Tokens of one packed row, which is one micro-batch."""
     packing: bool = True

@@ -60,9 +60,9 @@ def plain(tree: Written) -> Any:
 def merged(under: Written, over: Written) -> Written:
     """``over`` laid on ``under``; where both are mappings, key by key.
 
-    A section of another ``family`` replaces the one below it: the keys of one family mean nothing to another.
+    A section of another ``family`` or ``rule`` replaces the one below it: the keys of one mean nothing to another.
     """
-    if under.mapping is None or over.mapping is None or _family(over) not in (None, _family(under)):
+    if under.mapping is None or over.mapping is None or _is_another(under, over):
         return over.copy()
     mapping = {key: value.copy() for key, value in under.mapping.items()}
     for key, value in over.mapping.items():
@@ -70,9 +70,14 @@ def merged(under: Written, over: Written) -> Written:
     return Written(None, over.key, over.place, mapping)
 
 
-def _family(tree: Written) -> Any:
-    assert tree.mapping is not None
-    return tree.mapping["family"].scalar if "family" in tree.mapping else None
+def _is_another(under: Written, over: Written) -> bool:
+    """Whether a field that tells the members of a union apart says something else."""
+    assert under.mapping is not None
+    assert over.mapping is not None
+    for name in ("family", "rule"):
+        if name in over.mapping:
+            return name not in under.mapping or over.mapping[name].scalar != under.mapping[name].scalar
+    return False
 
 
 def parse_yaml(text: str, where: str, place: Place, key: str) -> Written:

@@ -65,14 +65,15 @@ class SampleWork:
 
     def requests(self, laid: Laid) -> list[ImageRequest]:
         """The images of a sample in the order in which they stand, at the sizes of their grids."""
-        patch, data, layout = self.chat.encoder.patch_size, self.chat.data, laid.layout
-        images = zip(image_order(laid.sample.turns), layout.grids, layout.is_target, strict=True)
-        sizes = [
-            (index, grid, data.generation_size if drawn else data.understanding_size) for index, grid, drawn in images
-        ]
+        data, layout = self.chat.data, laid.layout
         return [
-            ImageRequest(laid.sample.images[index], int(grid[2]) * patch, int(grid[1]) * patch, size.crop, size.filter)
-            for index, grid, size in sizes
+            ImageRequest.of_grid(
+                laid.sample.images[index],
+                grid,
+                self.chat.encoder,
+                data.generation_size if drawn else data.understanding_size,
+            )
+            for index, grid, drawn in zip(image_order(laid.sample.turns), layout.grids, layout.is_target, strict=True)
         ]
 
     def _with_features(self, laid: Laid, store: FeatureStore) -> tuple[TokenizedSample, list[BadSample]]:

@@ -34,6 +34,10 @@ from megatron_unimm.train.state import check_architecture, load_base, load_weigh
 logger = logging.getLogger(__name__)
 
 
+LARGE = 1 << 14
+"""Pixels."""
+
+
 class Generator:
     """A model ready to answer; every method that answers is called on all ranks of a layout with the same arguments.
 
@@ -170,7 +174,8 @@ class Generator:
     def _grid(self, like: np.ndarray | None) -> np.ndarray:
         """Grid of an image to be generated: of the shape of the last one given (edits keep it), else a square."""
         limits, encoder = self.chat.data.generation_size, self.chat.encoder
-        height, width = (limits.max_side, limits.max_side) if like is None else like.shape[:2]
+        # A square larger than any limit is brought to the largest one that the rule allows.
+        height, width = (LARGE, LARGE) if like is None else like.shape[:2]
         width, height = images.target_size(width, height, limits, encoder.token_pixels)
         return np.array([1, height // encoder.patch_size, width // encoder.patch_size], dtype=np.int64)
 

@@ -17,6 +17,7 @@ from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.loader import DataShard, StepLoader
 from megatron_unimm.data.mix import Mix
 from megatron_unimm.data.plan import BatchSize
+from megatron_unimm.data.sizes import check_size
 from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.errors import ConfigError
 from megatron_unimm.methods.interface import Method
@@ -76,6 +77,8 @@ def chat_format(stage: StageConfig) -> ChatFormat:
     folder = stage.data.tokenizer or str(base_directory(stage) / HF_FOLDER)
     if not stage.data.tokenizer:
         read_meta(base_directory(stage))  # an unfinished import is a clearer error than a missing folder
+    for name in ("generation_size", "understanding_size"):
+        check_size(vars(stage.data)[name], stage.model.vision_encoder.token_pixels, f"data.{name}")
     return ChatFormat(ChatTokenizer(folder, stage.model), stage.model.vision_encoder, stage.data)
 
 

@@ -359,3 +359,15 @@ def test_select_stage(recipe: Path) -> None:
         select_stage(loaded, None)
     with pytest.raises(ConfigError, match=r"no stage stf, did you mean sft\?; its stages: warm_up, sft"):
         select_stage(loaded, "stf")
+
+
+def test_another_rule_of_sizes_replaces_the_section(recipe: Path, repo: Path) -> None:
+    data = load_recipe(recipe, ["data.understanding_size={rule: pixels, max_pixels: 50176}"]).stages["sft"].data
+    assert data.understanding_size.model_dump() == {
+        "rule": "pixels",
+        "min_pixels": 3136,
+        "max_pixels": 50176,
+        "filter": "bicubic",
+    }
+    longer = load_recipe(repo / "configs/orion/shapes.yaml", ["data.generation_size.max_side=504"]).stages["sft"].data
+    assert (longer.generation_size.rule, longer.generation_size.max_side) == ("long_side", 504)

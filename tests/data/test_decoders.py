@@ -168,7 +168,7 @@ def test_patches_are_those_of_the_reference(decoder):
     files = [KINDS[kind]() for kind in ("jpeg", "png_alpha", "jpeg_exif6")]
     sizes = [(112, 84), (56, 56), (84, 168)]
     grids = [np.array([1, height // 14, width // 14]) for width, height in sizes]
-    rule = PixelSizeConfig(kind="pixels")
+    rule = PixelSizeConfig(rule="pixels")
     requests = [ImageRequest.of_grid(file, grid, ENCODER, rule) for file, grid in zip(files, grids, strict=True)]
     assert [(request.width, request.height) for request in requests] == sizes
     loaded = decoder.load(requests, ENCODER)

@@ -73,21 +73,21 @@ QWEN3_SETTINGS = qwen2_settings(
     image_std=[0.5, 0.5, 0.5],
 )
 QWEN_CASES = {
-    "qwen2_vl": (qwen2_settings(), PixelSizeConfig(kind="pixels", min_pixels=3136, max_pixels=12845056), QWEN25),
+    "qwen2_vl": (qwen2_settings(), PixelSizeConfig(rule="pixels", min_pixels=3136, max_pixels=12845056), QWEN25),
     "qwen2_vl_old_keys": (
         {**qwen2_settings(min_pixels=3136, max_pixels=1003520), "size": None},
-        PixelSizeConfig(kind="pixels"),
+        PixelSizeConfig(rule="pixels"),
         QWEN25,
     ),
     "qwen2_5_vl_small": (
         qwen2_settings(size={"shortest_edge": 50_000, "longest_edge": 60_000}),
-        PixelSizeConfig(kind="pixels", min_pixels=50_000, max_pixels=60_000),
+        PixelSizeConfig(rule="pixels", min_pixels=50_000, max_pixels=60_000),
         QWEN25,
     ),
-    "qwen3_vl": (QWEN3_SETTINGS, PixelSizeConfig(kind="pixels", min_pixels=65536, max_pixels=16777216), QWEN3),
+    "qwen3_vl": (QWEN3_SETTINGS, PixelSizeConfig(rule="pixels", min_pixels=65536, max_pixels=16777216), QWEN3),
     "qwen3_vl_small": (
         {**QWEN3_SETTINGS, "size": {"shortest_edge": 1024, "longest_edge": 40_000}, "resample": 2},
-        PixelSizeConfig(kind="pixels", min_pixels=1024, max_pixels=40_000, filter="bilinear"),
+        PixelSizeConfig(rule="pixels", min_pixels=1024, max_pixels=40_000, filter="bilinear"),
         QWEN3,
     ),
 }
@@ -121,7 +121,7 @@ def test_qwen_token_counts(case, tmp_path):
 def test_longer_than_transformers_allows():
     """Where transformers refuses, the sides stay whole visual tokens."""
     for width, height in [(1000, 3), (1, 5000), (100_000, 20)]:
-        got = target_size(width, height, PixelSizeConfig(kind="pixels"), 28)
+        got = target_size(width, height, PixelSizeConfig(rule="pixels"), 28)
         assert min(got) == 28, f"{width}x{height}"
         assert max(got) % 28 == 0
 
@@ -141,7 +141,7 @@ def test_siglip(case, tmp_path):
     means = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     theirs = processor(tmp_path, {"image_processor_type": "SiglipImageProcessor", **means, **settings})
     side = settings["size"]["height"]
-    size = SquareSizeConfig(kind="square", side=side, filter=filter)
+    size = SquareSizeConfig(rule="square", side=side, filter=filter)
     count = side // patch
     for width, height in SIZES:
         pixels = theirs(picture(width, height), return_tensors="np")["pixel_values"][0]
@@ -157,7 +157,7 @@ def test_siglip2_naflex(budget, tmp_path):
     """The processor's patches are (row, column, channel), ours (channel, row, column). Measured difference: 1.2e-7."""
     settings = {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": budget, "patch_size": 16}
     theirs = processor(tmp_path, settings)
-    size = PatchBudgetConfig(kind="max_patches", max_patches=budget)
+    size = PatchBudgetConfig(rule="max_patches", max_patches=budget)
     for width, height in SIZES:
         expected = theirs(picture(width, height), return_tensors="np")
         rows, columns = expected["spatial_shapes"][0]
@@ -175,11 +175,11 @@ def test_siglip2_naflex_sizes(patch):
     sizes = np.exp(rng.uniform(0, np.log(5000), (1000, 2))).astype(int).tolist()
     for (width, height), budget in zip(sizes, rng.integers(1, 1500, 1000).tolist(), strict=True):
         expected = get_image_size_for_max_num_patches(height, width, patch, budget)
-        got = target_size(width, height, PatchBudgetConfig(kind="max_patches", max_patches=budget), patch)
+        got = target_size(width, height, PatchBudgetConfig(rule="max_patches", max_patches=budget), patch)
         assert got == expected[::-1], f"{width}x{height}, {budget}"
 
 
-BUCKETS = BucketSizeConfig(kind="buckets", sizes=[(512, 512), (672, 384), (384, 672), (768, 352)])
+BUCKETS = BucketSizeConfig(rule="buckets", sizes=[(512, 512), (672, 384), (384, 672), (768, 352)])
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,11 @@ def test_kinds_in_a_recipe():
     """A long side needs no kind, as it always was; of the others the kind is written."""
     parse = TypeAdapter(ImageSize).validate_python
     assert parse({"min_side": 56, "max_side": 1024}) == ImageSizeConfig(min_side=56, max_side=1024)
-    for size in (BUCKETS, PixelSizeConfig(kind="pixels"), PatchBudgetConfig(kind="max_patches")):
+    for size in (BUCKETS, PixelSizeConfig(rule="pixels"), PatchBudgetConfig(rule="max_patches")):
         assert parse(size) == size
         assert parse(size.model_dump()) == size
     with pytest.raises(ValidationError, match="'long_side', 'pixels', 'square', 'max_patches', 'buckets'"):
-        parse({"kind": "round", "side": 3})
+        parse({"rule": "round", "side": 3})
     with pytest.raises(ValidationError, match="min_pixels 5 is larger than max_pixels 4"):
         parse({"kind": "pixels", "min_pixels": 5, "max_pixels": 4})
     with pytest.raises(ValidationError, match="0x5 has no pixels"):

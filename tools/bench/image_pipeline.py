@@ -57,7 +57,7 @@ SHARD_IMAGES = 100
 BATCH = 32
 """Images that are asked for at a time."""
 MAX_PIXELS = 64_000_000
-SIZE = PixelSizeConfig(kind="pixels")
+SIZE = PixelSizeConfig(rule="pixels")
 TOWER = Qwen25VisionConfig(family="qwen2_5", num_layers=1, hidden_size=8, num_heads=1, mlp_size=8, out_size=8)
 
 
