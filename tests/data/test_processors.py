@@ -229,6 +229,6 @@ def test_kinds_in_a_recipe():
     with pytest.raises(ValidationError, match="'long_side', 'pixels', 'square', 'max_patches', 'buckets'"):
         parse({"rule": "round", "side": 3})
     with pytest.raises(ValidationError, match="min_pixels 5 is larger than max_pixels 4"):
-        parse({"kind": "pixels", "min_pixels": 5, "max_pixels": 4})
+        parse({"rule": "pixels", "min_pixels": 5, "max_pixels": 4})
     with pytest.raises(ValidationError, match="0x5 has no pixels"):
-        parse({"kind": "buckets", "sizes": [[0, 5]]})
+        parse({"rule": "buckets", "sizes": [[0, 5]]})
