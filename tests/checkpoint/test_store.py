@@ -326,7 +326,8 @@ def test_a_killed_save_leaves_the_last_good_one(tmp_path: Path, repo: Path) -> N
     path = f"{repo}{os.pathsep}{Path(__file__).parent}"
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=repo, env={**os.environ, "PYTHONPATH": path}) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n"
+        # Two threads say so, and may do it in one breath.
+        assert process.stdout.readline().startswith(b"written")
         process.send_signal(signal.SIGKILL)
     assert (tmp_path / "step_00000002.tmp").is_dir()
     assert store.latest(tmp_path) == store.step_directory(tmp_path, 1)

@@ -23,6 +23,7 @@ MODEL = (
     "data.sequence_length=1024",
 )
 """Sizes that the numbers below divide or do not."""
+ROWS = ("train.global_batch_size=null", "stages.sft.train.global_batch_size=null")
 FP8 = ("system.precision.fp8={}", "system.precision.dtype=bfloat16")
 
 
@@ -53,6 +54,8 @@ def stage_with(path: Path, *settings: str) -> StageConfig:
         ([MOE, "expert=2", "expert_tensor=2", "tensor=2", "sequence=true"], 4, 2),
         ([*FP8, "tensor=2", "sequence=true"], 4, 2),
         (["system.overlap={grad_reduce: true, param_gather: true}"], 2, 2),
+        ([*ROWS, "train.global_batch_rows=12"], 4, 4),
+        ([*ROWS, "train.global_batch_rows=12", "pipeline=3", "virtual_pipeline=2"], 6, 2),
     ],
 )
 def test_layouts_that_fit(shapes: Path, settings: list[str], world_size: int, data_parallel: int) -> None:
@@ -62,6 +65,18 @@ def test_layouts_that_fit(shapes: Path, settings: list[str], world_size: int, da
 @pytest.mark.parametrize(
     ("settings", "world_size", "where", "what"),
     [
+        (
+            [*ROWS, "train.global_batch_rows=10"],
+            4,
+            "train.global_batch_rows",
+            "10 is no multiple of data parallel 4 = 4; take 12",
+        ),
+        (
+            [*ROWS, "train.global_batch_rows=8", "pipeline=3", "virtual_pipeline=2"],
+            6,
+            "train.global_batch_rows",
+            "8 is no multiple of data parallel 2 x pipeline 3 = 6; take 12",
+        ),
         (["tensor=4"], 6, "system.parallel", "tensor 4 x pipeline 1 x context 1 = 4 does not divide 6 ranks"),
         (
             [MOE, "expert=4"],
