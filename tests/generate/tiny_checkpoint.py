@@ -46,9 +46,20 @@ def stage_config(base: Path, *overrides: str) -> StageConfig:
     return load_recipe(REPO / "configs/orion/shapes.yaml", [*small, *overrides]).stages["sft"]
 
 
-def make_checkpoints(folder: Path) -> None:
+# Three levels for four layers: one travels between two stages, two between four chunks.
+DEEPSTACK = (
+    "model.vision_encoder={family: qwen3, num_layers: 4, hidden_size: 32, num_heads: 4, mlp_size: 48, patch_size: 8, "
+    f"out_size: {HIDDEN}, num_position_embeddings: 36, deepstack_layers: [0, 1, 3]}}",
+    "model.backbone.mrope_interleaved=true",
+    "model.backbone.qkv_bias=false",
+    "model.backbone.qk_norm=true",
+)
+"""Qwen3-VL in place of Qwen2.5-VL."""
+
+
+def make_checkpoints(folder: Path, *overrides: str) -> None:
     """FOLDER/base, and FOLDER/run/sft/checkpoints/step_00000001 with other weights. Large ones: answers vary."""
-    stage = stage_config(folder / "base")
+    stage = stage_config(folder / "base", *overrides)
     platform, groups = setup.enter(stage)
     _, chunks = setup.build_model(stage, platform, groups)
     architecture = {"family": "qwen2_5_vl", "architecture": stage.model.model_dump(mode="json")}
