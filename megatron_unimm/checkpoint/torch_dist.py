@@ -49,7 +49,7 @@ COMMON = "common.pt"
 ALIGNMENT = 64
 """Every tensor begins at a multiple of this in its file, so that its numbers are aligned in memory too."""
 
-MAX_FILE_BYTES = 4 << 30
+MAX_FILE_BYTES = 1 << 30
 """Larger parts are split over files, so that ranks share the hashing of them and a small machine can map each."""
 
 Shape = tuple[int, ...]
