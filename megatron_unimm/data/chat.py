@@ -119,22 +119,6 @@ def layout_sample(sample: Sample, chat: ChatFormat) -> TokenizedSample:
     return layout
 
 
-def tokenize_sample(sample: Sample, chat: ChatFormat) -> TokenizedSample:
-    """Tokenises a sample and decodes its images.
-
-    Raises:
-        SampleError: an image cannot be read or decoded, or the sample is longer than ``data.sequence_length``.
-    """
-    layout = layout_sample(sample, chat)
-    order = image_order(sample.turns)
-    limit = chat.data.max_image_pixels
-    patches = [
-        images.load_patches(sample.images[i], grid, chat.encoder, limit)
-        for i, grid in zip(order, layout.grids, strict=True)
-    ]
-    return replace(layout, patches=concat_patches(patches, chat.encoder))
-
-
 def prompt_tokens(
     turns: Sequence[Turn], pictures: Sequence[np.ndarray], chat: ChatFormat, *, open_image: bool = False
 ) -> TokenizedSample:

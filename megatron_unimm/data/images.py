@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from megatron_unimm.config.data import ResizeFilter
-from megatron_unimm.config.model import SiglipConfig, VisionEncoderConfig
+from megatron_unimm.config.model import SiglipConfig
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.image_files import ImageFile
 from megatron_unimm.data.sizes import crop_box
@@ -207,16 +207,6 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[n
     scale = 1 / (255.0 * np.array(std))
     shift = -np.array(mean) / np.array(std)
     return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
-
-
-def load_patches(file: ImageFile, grid: np.ndarray, encoder: VisionEncoderConfig, max_pixels: int) -> np.ndarray:
-    """Decodes an image and brings it to the grid planned from its header: float32 [P, patch_dim].
-
-    Raises:
-        SampleError: as :func:`decode`.
-    """
-    height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
-    return patchify(np.asarray(fit(decode_image(file, max_pixels), width, height)), encoder)[0]
 
 
 @contextmanager

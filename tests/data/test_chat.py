@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from whole_samples import tokenize_sample
 
 from megatron_unimm.config.data import ImageSizeConfig
 from megatron_unimm.data.chat import (
@@ -16,7 +17,6 @@ from megatron_unimm.data.chat import (
     image_order,
     layout_sample,
     prompt_tokens,
-    tokenize_sample,
 )
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.image_files import DiskImage

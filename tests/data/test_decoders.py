@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from PIL import Image
+from whole_samples import load_patches
 
 from megatron_unimm.config.data import PixelSizeConfig
 from megatron_unimm.config.model import Qwen25VisionConfig, SiglipConfig
@@ -21,7 +22,7 @@ from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.decode.pillow import PillowDecoder
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.image_files import BytesImage, DiskImage
-from megatron_unimm.data.images import SiglipFormat, decode, load_patches, patchify, resize
+from megatron_unimm.data.images import SiglipFormat, decode, patchify, resize
 from megatron_unimm.errors import ConfigError
 
 LIMIT = 1_000_000

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from whole_samples import load_patches
 
 from megatron_unimm.config.data import ImageSizeConfig
 from megatron_unimm.config.model import Qwen25VisionConfig
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.image_files import DiskImage
-from megatron_unimm.data.images import TRANSPOSE, decode, image_size, load_patches, patchify, resize, target_size
+from megatron_unimm.data.images import TRANSPOSE, decode, image_size, patchify, resize, target_size
 
 LIMIT = 1_000_000
 EXIF_ORIENTATION = 0x0112

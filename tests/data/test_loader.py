@@ -11,9 +11,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from whole_samples import tokenize_sample
 
 from megatron_unimm.config.data import SourceConfig
-from megatron_unimm.data.chat import tokenize_sample
 from megatron_unimm.data.loader import DataShard, StepBatch, StepLoader
 from megatron_unimm.data.mix import Mix
 from megatron_unimm.data.plan import BatchSize
