@@ -135,10 +135,14 @@ def prompt_tokens(
     )
     tail = _header("assistant", chat) + [chat.tokenizer.token_ids.vision_start] * open_image
     tail_positions = np.arange(len(tail)) + layout.position_ids.max(initial=-1) + 1
+    drawn = {part for turn in turns if turn.role == "assistant" for part in turn.parts if isinstance(part, int)}
     patches = []
     for index, grid in zip(image_order(turns), layout.grids, strict=True):
         height, width = int(grid[1]) * chat.encoder.patch_size, int(grid[2]) * chat.encoder.patch_size
-        patches.append(images.patchify(images.resize(pictures[index], width, height), chat.encoder)[0])
+        # As training sizes it, so that a prompt looks as its samples did.
+        size = chat.data.generation_size if index in drawn else chat.data.understanding_size
+        pixels = images.resize(pictures[index], width, height, crop=size.crop, filter=size.filter)
+        patches.append(images.patchify(pixels, chat.encoder)[0])
     return replace(
         layout,
         input_ids=np.concatenate([layout.input_ids, tail]).astype(np.int64),

@@ -144,11 +144,13 @@ def fit(
     return image if image.size == (width, height) else image.resize((width, height), FILTERS[filter])
 
 
-def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Bicubic with antialiasing, uint8 (H, W, 3) in and out."""
+def resize(
+    image: np.ndarray, width: int, height: int, *, crop: bool = False, filter: ResizeFilter = "bicubic"
+) -> np.ndarray:
+    """As :func:`fit`, uint8 (H, W, 3) in and out."""
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(fit(Image.fromarray(image), width, height))
+    return np.asarray(fit(Image.fromarray(image), width, height, crop=crop, filter=filter))
 
 
 def num_patches(width: int, height: int, form: PatchFormat) -> int:
