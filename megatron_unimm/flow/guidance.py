@@ -1,0 +1,44 @@
+"""Classifier-free guidance of velocities ``[n, ...]``, n samples.
+
+Data and noise predictions are affine in the velocity at fixed x_t and t, with weights that guidance keeps (they sum
+to 1), so guiding velocities is guiding either of them.
+"""
+
+import torch
+from torch import Tensor
+
+
+def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """v(∅) + s (v(c) - v(∅)) (arXiv 2207.12598, with s = 1 + w). 1 gives the conditional velocity."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def two_condition(
+    unconditional: Tensor, image: Tensor, image_and_text: Tensor, *, image_scale: float, text_scale: float
+) -> Tensor:
+    """v(∅, ∅) + s_I (v(I, ∅) - v(∅, ∅)) + s_T (v(I, T) - v(I, ∅)): InstructPix2Pix (arXiv 2211.09800, equation 3).
+
+    Both scales 1 give v(I, T); image_scale 1 alone is :func:`classifier_free` of the text with the image kept.
+    """
+    return unconditional + image_scale * (image - unconditional) + text_scale * (image_and_text - image)
+
+
+def renormalised(guided: Tensor, conditional: Tensor, minimum: float) -> Tensor:
+    """BAGEL's global renormalisation (arXiv 2505.14683): a guided velocity that is longer than the conditional one is
+    shortened to its length, but to no less than ``minimum`` of its own. Never lengthened.
+
+    Lengths are over everything of a sample, in float32 at least.
+    """
+    dtype = torch.promote_types(guided.dtype, torch.float32)
+    dims = tuple(range(1, guided.ndim))
+    wanted = torch.linalg.vector_norm(conditional, dim=dims, keepdim=True, dtype=dtype)
+    length = torch.linalg.vector_norm(guided, dim=dims, keepdim=True, dtype=dtype)
+    # The epsilon, BAGEL's, keeps 0 / 0 from being NaN.
+    return guided * (wanted / (length + 1e-8)).clamp(minimum, 1.0).to(guided.dtype)
+
+
+def guided_at(t: float, interval: tuple[float, float]) -> bool:
+    """Whether guidance is on at t: low < t <= high (arXiv 2404.07724; the ends as in BAGEL). Where it is off, only the
+    conditional velocity need be computed."""
+    low, high = interval
+    return low < t <= high
