@@ -30,11 +30,13 @@ def save_files(
     *,
     common: bytes,
     ranks: Ranks,
-    hf_files: Sequence[Path] = (),
+    hf_files: Mapping[str, Path] | None = None,
 ) -> None:
     """Write a checkpoint whose tensor files come from ``write(folder)``, and commit it; called on every rank.
 
-    ``common`` is the serialised dict of the values beside the tensors.
+    Args:
+        common: the serialised dict of the values beside the tensors.
+        hf_files: files to copy, by their path in :data:`HF_FOLDER`.
     """
     temporary = temporary_name(directory)
     with together(ranks):
@@ -47,7 +49,7 @@ def save_files(
     with together(ranks):
         if ranks.rank == 0:
             files = _describe(temporary, parts, common)
-            files |= _copy_hf_files(hf_files, temporary)
+            files |= _copy_hf_files(hf_files or {}, temporary)
             commit(directory, files, meta)
 
 
@@ -61,15 +63,19 @@ def _describe(
     return files | write_index(folder, index, common)
 
 
-def _copy_hf_files(paths: Sequence[Path], folder: Path) -> dict[str, FileRecord]:
-    if not paths:
-        return {}
-    target = folder / HF_FOLDER
-    target.mkdir()
+def hf_files_in(folder: Path) -> dict[str, Path]:
+    """Files under a folder by their path in it, those of its folders included; none where there is no such folder."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _copy_hf_files(paths: Mapping[str, Path], folder: Path) -> dict[str, FileRecord]:
     files = {}
-    for path in paths:
-        with path.open("rb") as stream, hashed_file(target / path.name) as copy:
+    for name, path in paths.items():
+        target = folder / HF_FOLDER / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as stream, hashed_file(target) as copy:
             shutil.copyfileobj(stream, copy)
-        files[f"{HF_FOLDER}/{path.name}"] = copy.record()
-    sync_folder(target)
+        files[f"{HF_FOLDER}/{name}"] = copy.record()
+    for changed in {(folder / name).parent for name in files}:
+        sync_folder(changed)
     return files

@@ -38,7 +38,7 @@ from megatron.core.dist_checkpointing.utils import (
     force_all_tensors_to_non_fp8,
 )
 
-from megatron_unimm.checkpoint.folder import save_files
+from megatron_unimm.checkpoint.folder import hf_files_in, save_files
 from megatron_unimm.checkpoint.manifest import (
     FileRecord,
     check_files,
@@ -163,8 +163,7 @@ def save(
     blobs = [_blob(value) for value in values if isinstance(value, ShardedObject) and is_main_replica(value.replica_id)]
     other = serialise("values beside the tensors", common)
     # A base model that never was a Hugging Face folder has no such files.
-    found = hf_files.iterdir() if hf_files is not None and hf_files.is_dir() else ()
-    companions = sorted(path for path in found if path.is_file())
+    companions = {} if hf_files is None else hf_files_in(hf_files)
 
     def write(folder: Path) -> tuple[Index, dict[str, FileRecord]]:
         return write_pieces(folder, ranks.rank, pieces, blobs, threads=threads)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_unimm.checkpoint.folder import HF_FOLDER
+from megatron_unimm.checkpoint.folder import HF_FOLDER, hf_files_in
 from megatron_unimm.checkpoint.manifest import (
     Manifest,
     check_files,
@@ -26,8 +26,9 @@ from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.base import Section
 from megatron_unimm.convert.families import family_named
 from megatron_unimm.convert.folders import PART_README, PARTS, check_target, nothing_half_written
+from megatron_unimm.convert.pipeline import CONFIG, PIPELINE, config_files
 from megatron_unimm.convert.progress import progress
-from megatron_unimm.convert.reader import DTYPES, INDEX
+from megatron_unimm.convert.reader import DTYPES, INDEX_SUFFIX, WEIGHTS
 from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
 from megatron_unimm.convert.transforms import Shape
 from megatron_unimm.errors import CheckpointError
@@ -35,7 +36,7 @@ from megatron_unimm.errors import CheckpointError
 OPTIMIZER = "optimizer."
 """Prefix of the optimizer's tensors in a training checkpoint."""
 MAX_SHARD_BYTES = 5_000_000_000
-"""As transformers splits."""
+"""As transformers splits; diffusers takes twice as much."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -149,8 +150,14 @@ class Output:
     dtype: torch.dtype
 
     @property
+    def folder(self) -> str:
+        """Folder inside the model's, or ""."""
+        return self.mapping.names[self.number].rpartition("/")[0]
+
+    @property
     def name(self) -> str:
-        return self.mapping.names[self.number]
+        """In its file."""
+        return self.mapping.names[self.number].rpartition("/")[2]
 
     @property
     def shape(self) -> Shape:
@@ -163,18 +170,12 @@ class Output:
 
 def _write_weights(folder: Path, reader: Reader, model: Model) -> Iterator[int]:
     """Write all safetensors files, yielding the bytes of each tensor as it is done."""
-    shards = _shards(_outputs(reader, model.mappings))
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
-        index = {
-            "metadata": {"total_size": sum(output.nbytes for shard in shards for output in shard)},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    for name, shard in zip(names, shards, strict=True):
-        yield from write_safetensors(folder / name, shard, reader)
+    outputs = _outputs(reader, model.mappings)
+    for name in model.family.folders(model.config):
+        mine = [output for output in outputs if output.folder == name]
+        (folder / name).mkdir(exist_ok=True)
+        yield from _write_shards(folder / name, mine, reader, model.family)
+        sync_folder(folder / name)
     for part, mappings in model.parts.items():
         part_dir = folder / part
         part_dir.mkdir()
@@ -185,18 +186,35 @@ def _write_weights(folder: Path, reader: Reader, model: Model) -> Iterator[int]:
         sync_folder(part_dir)
 
 
+def _write_shards(folder: Path, outputs: Sequence[Output], reader: Reader, family: Family) -> Iterator[int]:
+    """The files of one folder, with an index where there are several."""
+    stem = WEIGHTS[family.library]
+    shards = _shards(outputs, MAX_SHARD_BYTES if family.library == "transformers" else 2 * MAX_SHARD_BYTES)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        weight_map = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
+        index = {
+            "metadata": {"total_size": sum(output.nbytes for shard in shards for output in shard)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_bytes(folder / f"{stem}{INDEX_SUFFIX}", (json.dumps(index, indent=2) + "\n").encode())
+    for name, shard in zip(names, shards, strict=True):
+        yield from write_safetensors(folder / name, shard, reader)
+
+
 def _outputs(reader: Reader, mappings: Sequence[Mapping]) -> list[Output]:
     return [Output(m, number, reader.tensors[m.megatron].dtype) for m in mappings for number in range(len(m.names))]
 
 
-def _shards(outputs: Sequence[Output]) -> list[list[Output]]:
+def _shards(outputs: Sequence[Output], max_bytes: int) -> list[list[Output]]:
     """Split in order; a tensor larger than a shard gets one to itself."""
     shards: list[list[Output]] = [[]]
-    room = MAX_SHARD_BYTES
+    room = max_bytes
     for output in outputs:
         if shards[-1] and output.nbytes > room:
             shards.append([])
-            room = MAX_SHARD_BYTES
+            room = max_bytes
         shards[-1].append(output)
         room -= output.nbytes
     return shards
@@ -253,12 +271,17 @@ def _header(outputs: Sequence[Output]) -> bytes:
 
 
 def _write_companions(folder: Path, ckpt_dir: Path, model: Model, dtype: torch.dtype) -> None:
-    source = ckpt_dir / HF_FOLDER
-    for path in sorted(source.iterdir()) if source.is_dir() else []:
-        write_bytes(folder / path.name, path.read_bytes())
-    path = folder / "config.json"
-    text = path.read_text() if path.exists() else json.dumps(model.family.to_hf_config(model.config), indent=2)
-    write_bytes(path, _with_dtype(text, dtype).encode())
+    files = {name: path.read_bytes() for name, path in hf_files_in(ckpt_dir / HF_FOLDER).items()}
+    if not files.keys() & {CONFIG, PIPELINE}:
+        configs = config_files(model.family.to_hf_config(model.config))
+        files |= {name: json.dumps(config, indent=2).encode() for name, config in configs.items()}
+    if model.family.library == "transformers":
+        files[CONFIG] = _with_dtype(files[CONFIG].decode(), dtype).encode()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, content)
+    for changed in {(folder / name).parent for name in files}:
+        sync_folder(changed)
 
 
 def _with_dtype(text: str, dtype: torch.dtype) -> str:

@@ -2,22 +2,25 @@
 
 from typing import Any
 
+from megatron_unimm.convert.flux import FLUX
+from megatron_unimm.convert.pipeline import architectures_of
 from megatron_unimm.convert.qwen2_5_vl import QWEN2_5_VL
 from megatron_unimm.convert.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
+from megatron_unimm.convert.sd3 import SD3
 from megatron_unimm.convert.siglip import SIGLIP, SIGLIP2
 from megatron_unimm.convert.table import Family
 from megatron_unimm.errors import CheckpointError
 
-FAMILIES: tuple[Family, ...] = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, SIGLIP, SIGLIP2)
+FAMILIES: tuple[Family, ...] = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, SIGLIP, SIGLIP2, SD3, FLUX)
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a Hugging Face ``config.json``.
+    """The family of what :func:`pipeline.read_model` read.
 
     Raises:
         CheckpointError: none of ours; names those that are.
     """
-    architectures = config.get("architectures") or []
+    architectures = architectures_of(config)
     for family in FAMILIES:
         if any(architecture in architectures for architecture in family.architectures):
             return family

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_unimm.checkpoint.manifest import MANIFEST, MARKER, temporary_name
+from megatron_unimm.convert.pipeline import part_names
 from megatron_unimm.errors import CheckpointError
 
 PARTS = {
@@ -37,17 +38,24 @@ COMPANIONS = (
     "merges.txt",
     "*.tiktoken",
     "LICENSE*",
+    "model_index.json",
+    "scheduler_config.json",
+    "spiece.model",
 )
 """Files that are copied with the weights. Never weights, never code."""
 SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ""}
 
 
-def companions(folder: Path) -> list[Path]:
-    """Config, tokenizer and processor files of a Hugging Face folder."""
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
-    return sorted(
-        path for path in found if path.is_file() and path.suffix in SUFFIXES and "safetensors" not in path.name
-    )
+def companions(folder: Path) -> dict[str, Path]:
+    """Config, tokenizer and processor files of a Hugging Face folder, by their path in it; of a pipeline also those of
+    its parts."""
+    parts = [folder, *(folder / name for name in part_names(folder))]
+    found = {path for part in parts for pattern in COMPANIONS for path in part.glob(pattern)}
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(found)
+        if path.is_file() and path.suffix in SUFFIXES and "safetensors" not in path.name
+    }
 
 
 def check_target(target: Path, nbytes: int) -> None:

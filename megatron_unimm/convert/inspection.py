@@ -14,7 +14,8 @@ from rich.text import Text
 from megatron_unimm.checkpoint.manifest import MARKER, STEP_NAME, is_committed, read_manifest
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.convert.folders import PARTS
-from megatron_unimm.convert.reader import HfFolder, read_config
+from megatron_unimm.convert.pipeline import PIPELINE, TRANSFORMER, VAE, architectures_of, is_model_folder, read_model
+from megatron_unimm.convert.reader import HfFolder
 from megatron_unimm.convert.transforms import Shape
 
 
@@ -38,7 +39,7 @@ def inspect_path(path: Path) -> Group:
     """
     if path.is_dir() and any(STEP_NAME.fullmatch(child.name) for child in path.iterdir()):
         return Group(_run_table(path))
-    if (path / "config.json").is_file() and not (path / MARKER).is_file():
+    if is_model_folder(path) and not (path / MARKER).is_file():
         return _hf_folder(path)
     return _checkpoint(path)
 
@@ -53,12 +54,15 @@ def _checkpoint(path: Path) -> Group:
 
 
 def _hf_folder(path: Path) -> Group:
-    config = read_config(path)
-    lines = _hf_lines(path, "")
+    architectures = ", ".join(architectures_of(read_model(path)) or ["of an unnamed architecture"])
+    lines = [
+        line
+        for folder in ((TRANSFORMER, VAE) if (path / PIPELINE).is_file() else ("",))
+        for line in _hf_lines(path / folder, folder and f"{folder}/")
+    ]
     for part in PARTS:
         if (path / part).is_dir():
             lines += _hf_lines(path / part, f"{part}/")
-    architectures = ", ".join(config.get("architectures") or ["of an unnamed architecture"])
     return Group(Text(f"Hugging Face folder {path}: {architectures}"), _tensor_table(lines))
 
 

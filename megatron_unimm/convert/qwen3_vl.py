@@ -144,8 +144,9 @@ def _merger_rows(theirs: str, ours: str, v: Qwen3VisionConfig, norm: int, count:
         "linear_fc2.weight": (v.out_size, merged),
         "linear_fc2.bias": (v.out_size,),
     }
+    layers = None if count is None else range(count)
     return [
-        Row((Source(f"{theirs}.{name}", shape),), f"{ours}.{name}", Copy(), count) for name, shape in shapes.items()
+        Row((Source(f"{theirs}.{name}", shape),), f"{ours}.{name}", Copy(), layers) for name, shape in shapes.items()
     ]
 
 

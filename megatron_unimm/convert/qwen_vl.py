@@ -18,8 +18,10 @@ def rows_of(layer: str, num_layers: int) -> Callable[..., Row]:
     """Writes rows of repeated layers: ``row(megatron, transform, (name, shape), …)`` with Megatron's name after
     ``layer``."""
 
+    layers = range(num_layers)
+
     def row(megatron: str, transform: Transform, *sources: tuple[str, tuple[int, ...]]) -> Row:
-        return Row(tuple(Source(name, shape) for name, shape in sources), f"{layer}.{megatron}", transform, num_layers)
+        return Row(tuple(Source(name, shape) for name, shape in sources), f"{layer}.{megatron}", transform, layers)
 
     return row
 
@@ -81,7 +83,7 @@ def tied_to(model: ModelConfig, embedding: str) -> list[TiedTo]:
 # ---------------------------------------------------------------------------------------------- config.json
 
 
-def reading_config(build: Callable[[], ConfigT]) -> ConfigT:
+def reading_config(build: Callable[[], ConfigT], where: str = "config.json") -> ConfigT:
     """What ``build`` makes of ``config.json``.
 
     Raises:
@@ -90,10 +92,11 @@ def reading_config(build: Callable[[], ConfigT]) -> ConfigT:
     try:
         return build()
     except KeyError as error:
-        raise CheckpointError("config.json", f"has no {error.args[0]!r}; take the folder as published") from error
+        raise CheckpointError(where, f"has no {error.args[0]!r}; take the folder as published") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError("config.json", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"]))  # "" where two fields do not fit each other
+        raise CheckpointError(where, f"{field}: {first['msg']}" if field else first["msg"]) from error
 
 
 def token_ids(config: dict[str, Any], added_tokens: dict[str, int]) -> TokenIds:

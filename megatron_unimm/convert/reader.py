@@ -19,7 +19,9 @@ from megatron_unimm.convert.table import Mapping, TiedTo
 from megatron_unimm.convert.transforms import Shape
 from megatron_unimm.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+"""What each library calls files of weights."""
+INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library."""
@@ -53,23 +55,28 @@ class TensorInfo:
 class HfFolder(AbstractContextManager["HfFolder"]):
     """The tensors of a folder under their hub names. Nothing is read before :meth:`read`.
 
+    Args:
+        subfolders: where the files lie; names begin with that (``vae/…``).
+
     Raises:
         CheckpointError: no safetensors, a file that is absent or cut off, or a name that occurs twice.
     """
 
-    def __init__(self, folder: Path, hub_name: Callable[[str], str] = str) -> None:
+    def __init__(self, folder: Path, hub_name: Callable[[str], str] = str, subfolders: Sequence[str] = ("",)) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        for file in weight_files(folder):
-            for info in read_header(file):
-                name = hub_name(info.name)
-                if name in self.tensors:
-                    raise CheckpointError(
-                        str(file), f"tensor {name} occurs twice, also in {self.tensors[name].file.name}"
-                    )
-                self.tensors[name] = info
+        for subfolder in subfolders:
+            prefix = subfolder and f"{subfolder}/"
+            for file in weight_files(folder / subfolder):
+                for info in read_header(file):
+                    self._add(prefix + hub_name(info.name), info)
         self._open: dict[Path, Any] = {}
         self._stack = ExitStack()
+
+    def _add(self, name: str, info: TensorInfo) -> None:
+        if name in self.tensors:
+            raise CheckpointError(str(info.file), f"tensor {name} occurs twice, also in {self.tensors[name].file.name}")
+        self.tensors[name] = info
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -140,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(str(folder), "has no config.json; name a Hugging Face model folder")
-    return _read_json(path)
+    return read_json(path)
 
 
 def read_added_tokens(folder: Path) -> dict[str, int]:
@@ -152,10 +159,15 @@ def read_added_tokens(folder: Path) -> dict[str, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return {}
-    return {token["content"]: token["id"] for token in _read_json(path).get("added_tokens", [])}
+    return {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -173,8 +185,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise CheckpointError(str(folder), "there is no such folder; check the path")
-    if (folder / INDEX).is_file():
-        return _files_of_index(folder)
+    for name in WEIGHTS.values():
+        if (folder / f"{name}{INDEX_SUFFIX}").is_file():
+            return _files_of_index(folder / f"{name}{INDEX_SUFFIX}")
+    single = folder / f"{WEIGHTS['diffusers']}.safetensors"
+    if single.is_file():  # Beside it may lie the same weights in another precision (….fp16.safetensors).
+        return [single]
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files
@@ -185,10 +201,10 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(str(folder), "has no safetensors file; is the download complete?")
 
 
-def _files_of_index(folder: Path) -> list[Path]:
-    where = str(folder / INDEX)
+def _files_of_index(index: Path) -> list[Path]:
+    folder, where = index.parent, str(index)
     try:
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(where, f"is no index of safetensors files ({error}); download it again") from error
     for name in names:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_unimm.config.base import Section
 from megatron_unimm.convert.families import family_of
 from megatron_unimm.convert.folders import PARTS
+from megatron_unimm.convert.pipeline import read_model
 from megatron_unimm.convert.reader import HfFolder, read_added_tokens, read_config
 from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
 
@@ -42,10 +43,10 @@ class HfModel(AbstractContextManager["HfModel"]):
 
     def __init__(self, path: Path) -> None:
         self._stack = ExitStack()
-        config = read_config(path)
-        self.family: Family = family_of(config, str(path / "config.json"))
+        config = read_model(path)
+        self.family: Family = family_of(config, str(path))
         self.config: Section = self.family.to_config(config, read_added_tokens(path))
-        folder = self._stack.enter_context(HfFolder(path, self.family.hub_name))
+        folder = self._stack.enter_context(HfFolder(path, self.family.hub_name, self.family.folders(self.config)))
         self.layout = self.family.layout_of(self.config, {name: info.shape for name, info in folder.tensors.items()})
         mappings = self.family.mappings(self.config, self.layout)
         folder.check(mappings, self.family.tied(self.config), self.family.carried)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, repeated for each of ``num_layers`` layers where its names have ``{layer}``.
+    """One line of the table, repeated for each of ``layers`` where its names have ``{layer}``.
 
     With ``num_slices`` (experts), tensors of both sides have a leading axis of that length, and the transform works on
     one slice at a time, so that no more than one is in memory.
@@ -33,12 +33,15 @@ class Row:
     sources: tuple[Source, ...]
     megatron: str
     transform: Transform
-    num_layers: int | None = None
+    layers: Sequence[int] | None = None
+    """Their numbers on the hub."""
+    first_layer: int = 0
+    """Megatron's number of layer 0."""
     num_slices: int | None = None
 
     def __post_init__(self) -> None:
         names = [self.megatron, *(source.pattern for source in self.sources)]
-        assert all((LAYER in name) == (self.num_layers is not None) for name in names), names
+        assert all((LAYER in name) == (self.layers is not None) for name in names), names
         assert self.num_slices is None or all(source.shape[0] == self.num_slices for source in self.sources), names
 
 
@@ -112,7 +115,8 @@ class Family:
     name: str
     """What checkpoints record."""
     architectures: tuple[str, ...]
-    """``architectures[0]`` of ``config.json``; the first is written where there never was one."""
+    """``architectures[0]`` of ``config.json`` (diffusers: ``_class_name``); the first is written where there never was
+    one."""
     config_class: type[Section]
     """Our config of it."""
     to_config: Callable[[dict[str, Any], dict[str, int]], Any]
@@ -128,6 +132,10 @@ class Family:
     """Forms in which the same tensors are found in folders; the first is written where none was read."""
     carried: Callable[[str], bool] = _nothing
     """Whether a tensor, by its hub name, is kept for the way back though we do not build what it belongs to."""
+    library: Literal["transformers", "diffusers"] = "transformers"
+    """Whose folders these are: names of their files, and what ``config.json`` says of the weights."""
+    folders: Callable[[Any], Sequence[str]] = lambda model: ("",)
+    """Folders inside the model's that hold the weights; the names of their tensors begin with them (``vae/…``)."""
 
     def mappings(self, model: Any, layout: str) -> list[Mapping]:
         """The rows with their layers filled in, checked to name every tensor once."""
@@ -145,9 +153,7 @@ class Family:
 
 def expand(rows: Sequence[Row]) -> list[Mapping]:
     """The rows with their layers filled in, checked to name every tensor once."""
-    mappings = [
-        _fill_in(row, layer) for row in rows for layer in range(1 if row.num_layers is None else row.num_layers)
-    ]
+    mappings = [_fill_in(row, layer) for row in rows for layer in ((0,) if row.layers is None else row.layers)]
     for names in ([name for m in mappings for name in m.names], [m.megatron for m in mappings]):
         assert len(set(names)) == len(names), "a tensor is named twice in the table"
     return mappings
@@ -157,7 +163,7 @@ def _fill_in(row: Row, layer: int) -> Mapping:
     return Mapping(
         names=tuple(source.pattern.replace(LAYER, str(layer)) for source in row.sources),
         shapes=tuple(source.shape for source in row.sources),
-        megatron=row.megatron.replace(LAYER, str(layer)),
+        megatron=row.megatron.replace(LAYER, str(row.first_layer + layer)),
         transform=row.transform,
         num_slices=row.num_slices,
     )

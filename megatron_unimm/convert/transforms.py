@@ -170,3 +170,38 @@ class ChannelsFirst:
 
     def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
         return (tensor.reshape(tensor.shape[0], self.channels, -1).transpose(1, 2).reshape(tensor.shape),)
+
+
+@dataclass(frozen=True)
+class ChannelsFirstOutput:
+    """Outputs of a linear layer that are a patch stored pixel by pixel, [p p channels, ...], to one channel by channel,
+    [channels p p, ...]."""
+
+    channels: int
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return source
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source.reshape(-1, self.channels, *source.shape[1:]).transpose(0, 1).reshape(source.shape)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.reshape(self.channels, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape),)
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """[1, ...] to [...]: a tensor that is stored with a batch axis."""
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return source[1:]
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source[0]
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor[None],)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_unimm.checkpoint.manifest import MARKER, check_files, read_manifest
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.convert.export import OPTIMIZER
+from megatron_unimm.convert.pipeline import is_model_folder
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.source import HfModel
 
@@ -107,7 +108,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
         CheckpointError: it is neither, or damaged.
     """
     with ExitStack() as stack:
-        if (path / "config.json").is_file() and not (path / MARKER).is_file():
+        if is_model_folder(path) and not (path / MARKER).is_file():
             yield _hf_weights(path, stack)
         else:
             yield _checkpoint_weights(path, stack)

@@ -4,7 +4,7 @@ are the same."""
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -63,7 +63,7 @@ def layer_spec(
         kind: which segments its attention uses, see ``models/attention.py``.
     """
     with_te = backend == "transformer_engine"
-    provider = _transformer_engine() if with_te else TorchLayers()
+    provider = layers_provider(backend)
     norm = provider.layer_norm(rms_norm=True)
     mlp = get_mlp_module_spec_for_backend(
         provider, num_experts=num_experts, moe_grouped_gemm=with_te and num_experts is not None
@@ -101,11 +101,15 @@ def layer_spec(
 
 def block_spec(backend: str, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
     """A stack of layers; its final norm is that of the backend."""
-    provider = _transformer_engine() if backend == "transformer_engine" else TorchLayers()
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=provider.layer_norm(rms_norm=True))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=layers_provider(backend).layer_norm(rms_norm=True))
 
 
-def _transformer_engine():
+def layers_provider(backend: str) -> BackendSpecProvider:
+    """Which classes make linears and norms, for blocks that are no pre-norm transformer layers."""
+    return _transformer_engine() if backend == "transformer_engine" else TorchLayers()
+
+
+def _transformer_engine() -> BackendSpecProvider:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()

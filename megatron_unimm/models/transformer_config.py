@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_unimm.config.mmdit import MMDiT
 from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, SiglipConfig, VisionEncoder
 from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
 from megatron_unimm.parallel.platform import Platform
@@ -29,22 +30,11 @@ def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, pla
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        cp_comm_type="p2p" if parallel.context > 1 else None,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
-        sequence_parallel=parallel.sequence,
-        pipeline_dtype=DTYPES[system.precision.dtype],
-        tp_comm_overlap=system.overlap.tensor_parallel,
         cuda_graph_impl=system.cuda_graph,
-        **_common(system, platform),
-        **_recompute(system.recompute),
-        **_fp8(system),
+        **_spread(system, platform),
     )
-    if parallel.layers_per_stage is not None and parallel.pipeline > 1:
-        fields["pipeline_model_parallel_layout"] = _layout(parallel.layers_per_stage)
     if model.moe is not None:
         moe = model.moe
         fields |= dict(
@@ -61,6 +51,30 @@ def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, pla
             moe_router_dtype="fp32",
         )
     return TransformerConfig(**fields)
+
+
+def mmdit_transformer_config(model: MMDiT, system: SystemConfig, platform: Platform) -> TransformerConfig:
+    """The diffusion transformer's configuration, spread over the whole layout.
+
+    Layer norms and modulations are our own (``models/mmdit/modulation.py``); ``normalization`` is that of queries and
+    keys.
+    """
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_blocks,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        kv_channels=model.head_size,
+        ffn_hidden_size=MMDIT_MLP_RATIO * model.hidden_size,
+        layernorm_epsilon=1e-6,
+        add_bias_linear=True,
+        qk_layernorm=True,  # sums the norms' gradients over tensor-parallel ranks, whose heads share them
+        **_spread(system, platform),
+    )
+    return TransformerConfig(**(fields | PLAIN_VIT | dict(normalization="RMSNorm")))
+
+
+MMDIT_MLP_RATIO = 4
+"""Hidden width of the MLPs over that of the model, in SD3 and FLUX."""
 
 
 def vision_transformer_config(
@@ -103,6 +117,26 @@ def whole_sequence(config: TransformerConfig) -> TransformerConfig:
     config.tp_comm_overlap = False
     config.fp8 = None
     return config
+
+
+def _spread(system: SystemConfig, platform: Platform) -> dict[str, Any]:
+    """What a trunk has that is spread over the whole layout."""
+    parallel = system.parallel
+    fields: dict[str, Any] = dict(
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        cp_comm_type="p2p" if parallel.context > 1 else None,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=DTYPES[system.precision.dtype],
+        tp_comm_overlap=system.overlap.tensor_parallel,
+        **_common(system, platform),
+        **_recompute(system.recompute),
+        **_fp8(system),
+    )
+    if parallel.layers_per_stage is not None and parallel.pipeline > 1:
+        fields["pipeline_model_parallel_layout"] = _layout(parallel.layers_per_stage)
+    return fields
 
 
 def _common(system: SystemConfig, platform: Platform) -> dict[str, Any]:

@@ -185,12 +185,12 @@ def reference_logits(model: torch.nn.Module, sample: dict[str, np.ndarray]) -> T
         ).logits[0]
 
 
-def start_workers(tasks: list[tuple[int, dict[str, Any]]]) -> None:
+def start_workers(tasks: list[tuple[int, dict[str, Any]]], worker: Path = WORKER) -> None:
     """Each task on as many ranks as it says; one start for all that agree."""
     for ranks in sorted({ranks for ranks, _ in tasks}):
         plan = json.dumps([task for wanted, task in tasks if wanted == ranks])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run([*command, str(WORKER), plan], capture_output=True, text=True, timeout=600, check=False)
+        done = subprocess.run([*command, str(worker), plan], capture_output=True, text=True, timeout=600, check=False)
         errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
         assert done.returncode == 0, "\n".join(errors[-30:])
 

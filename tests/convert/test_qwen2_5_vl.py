@@ -24,11 +24,13 @@ from megatron_unimm.convert import export, export_checkpoint, import_checkpoint,
 from megatron_unimm.convert.qwen2_5_vl import QWEN2_5_VL, hub_name, to_hf_config, to_model_config
 from megatron_unimm.convert.transforms import (
     ChannelsFirst,
+    ChannelsFirstOutput,
     ConvToLinear,
     Copy,
     FusedQkv,
     GateUp,
     QkvInterleave,
+    Squeeze,
     Transform,
     Transpose,
 )
@@ -198,6 +200,9 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         (ConvToLinear(kernel=(3, 2, 4, 4)), [(5, 3, 2, 4, 4)]),
         (Transpose(), [(4, 3)]),
         (ChannelsFirst(channels=3), [(5, 12)]),
+        (ChannelsFirstOutput(channels=3), [(12, 5)]),
+        (ChannelsFirstOutput(channels=3), [(12,)]),
+        (Squeeze(), [(1, 4, 3)]),
     ],
 )
 def test_transforms_are_exact_both_ways(transform: Transform, shapes: list[tuple[int, ...]]) -> None:
