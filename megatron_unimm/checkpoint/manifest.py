@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -186,7 +186,8 @@ def _check_is_finished(directory: Path) -> None:
         raise CheckpointError(where, "there is no such folder; check the path")
     if (directory / MARKER).is_file() and (directory / MANIFEST).is_file():
         return
-    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+    is_model = (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+    if is_model or (directory / "model_index.json").is_file():
         raise CheckpointError(
             where, "is a Hugging Face folder; import it first: unimm convert import --from HF_DIR --to CKPT_DIR"
         )
@@ -197,8 +198,11 @@ def _check_is_finished(directory: Path) -> None:
     )
 
 
-def find_checkpoint(folder: Path) -> Path:
+def find_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda meta: True) -> Path:
     """The checkpoint that a folder is or holds: itself, or the newest of a stage's or run's folder.
+
+    Args:
+        wanted: by its meta, whether a stage's newest checkpoint is what is looked for in a run's folder.
 
     Raises:
         CheckpointError: there is none.
@@ -208,7 +212,8 @@ def find_checkpoint(folder: Path) -> Path:
     own = latest(folder) or latest(folder / "checkpoints")
     if own is not None:
         return own
-    found = [step for stage in sorted(folder.glob("*/checkpoints")) if (step := latest(stage)) is not None]
+    newest = [step for stage in sorted(folder.glob("*/checkpoints")) if (step := latest(stage)) is not None]
+    found = [step for step in newest if wanted(read_meta(step))]
     if found:
         return max(found, key=lambda step: (step / MARKER).stat().st_mtime_ns)
     read_meta(folder)  # says what the folder is instead, if it knows

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_unimm.cli.options import decoding, layout, model
+from megatron_unimm.cli.options import decoding, layout, model, painting, sampler_of
 
 if TYPE_CHECKING:
     from megatron_unimm.generate.session import Session
@@ -21,9 +22,10 @@ HELP = "/image FILE attaches an image to what you say next, /reset forgets the c
     "--to",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Keep generated images in this folder, as visual tokens.",
+    help="Keep generated images in this folder: as PNG, without an image decoder as visual tokens.",
 )
 @decoding
+@painting
 @layout
 def chat(
     model_dir: Path,
@@ -32,8 +34,10 @@ def chat(
     temperature: float,
     top_p: float,
     seed: int,
+    decoder: Path | None,
     tensor: int,
     pipeline: int,
+    **drawing: Any,
 ) -> None:
     """Talk with a model. It sees the images that it has generated.
 
@@ -48,7 +52,9 @@ def chat(
     from megatron_unimm.generate.session import Session
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline) as generator:
+    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder) as generator:
+        if generator.painter is not None:
+            settings = replace(settings, sampler=sampler_of(generator.painter.config.sampler, **drawing))
         show = click.echo if generator.is_main else _silent
         show(HELP if generator.draws else f"{HELP} This model has no vision head: it answers in text only.")
         converse(Session(generator, settings), lambda: generator.agree(_read_line), show, to)
@@ -87,13 +93,20 @@ def converse(session: "Session", read: Callable[[], str], show: Callable[[str], 
 def _answer(
     session: "Session", text: str, attached: list[Path], show: Callable[[str], object], to: Path | None
 ) -> None:
-    from megatron_unimm.generate.pictures import read_pictures, write_visual_tokens
+    from megatron_unimm.generate.pictures import read_pictures, write_pictures, write_visual_tokens
 
     answer = session.say(text, read_pictures(attached))
     show("".join(part if isinstance(part, str) else f"[image {part + 1}]" for part in answer.parts))
     if answer.images and to is not None and session.generator.is_main:
-        file = write_visual_tokens(answer.images, to / f"turn_{len(session.turns) // 2:03d}.safetensors")
-        show(f"({file}: visual tokens; this version has no diffusion decoder to make pixels of them)")
+        file, count = to / f"turn_{len(session.turns) // 2:03d}.png", len(answer.images)
+        if session.generator.paints:
+            origin, settings = session.generator.origin, session.settings
+            written = write_pictures(
+                answer.images, file, [text] * count, [len(session.turns) - 1] * count, settings, origin
+            )
+        else:
+            written = [write_visual_tokens(answer.images, file.with_suffix(".safetensors"))]
+        show(f"({', '.join(map(str, written))})")
 
 
 def _read_line() -> str:

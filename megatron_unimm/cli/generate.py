@@ -1,27 +1,32 @@
 """``unimm generate``: one answer, text or image, to a prompt with images."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_unimm.cli.options import decoding, layout, model
+from megatron_unimm.cli.options import decoding, layout, model, painting, sampler_of
 
 if TYPE_CHECKING:
+    from megatron_unimm.generate.api import Generator
     from megatron_unimm.generate.decode import Answer
+    from megatron_unimm.generate.sampling import DecodeSettings
 
-IMAGE_SUFFIXES = (".safetensors", ".png", ".jpg", ".jpeg", ".webp")
+PICTURE, TOKENS = ".png", ".safetensors"
 
 
 @click.command(
     epilog="""\b
 Examples:
-  unimm generate --model runs/quickstart --prompt "Draw a red circle." --to circle.safetensors
+  unimm generate --model runs/quickstart --prompt "a red circle left of a blue square" --to out.png
+  unimm generate --model runs/quickstart --prompt "Make the circle green." --image scene.png --to edited.png
+  unimm generate --model runs/quickstart --prompt "two blue squares" --count 4 --steps 30 --to grid.png
   unimm generate --model runs/quickstart --prompt "How many circles are there?" --image scene.png
   torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --tensor 2 --prompt "Who are you?\""""
 )
 @model
-@click.option("--prompt", required=True, help="What to say to the model.")
+@click.option("--prompt", "prompts", required=True, multiple=True, help="What to say; several are answered in a batch.")
 @click.option(
     "--image",
     "image_files",
@@ -34,57 +39,100 @@ Examples:
     "--to",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="FILE.safetensors (or an image's name) has the model begin with an image; FILE.txt leaves it to the model. "
-    "Without it text goes to the terminal.",
+    help="FILE.png has the model draw, FILE.safetensors keeps the visual tokens of what it draws, FILE.txt leaves it "
+    "to the model what to answer. Without it text goes to the terminal.",
+)
+@click.option(
+    "--count",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Pictures per prompt, with seeds that count up; several stand in FILE.png as a grid, and each in "
+    "FILE_000.png and so on.",
 )
 @decoding
+@painting
 @layout
 def generate(
     model_dir: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     image_files: tuple[Path, ...],
     to: Path | None,
+    count: int,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
+    decoder: Path | None,
     tensor: int,
     pipeline: int,
+    **drawing: Any,
 ) -> None:
     """Answer a prompt, with text or with an image."""
     from megatron_unimm.train.log import setup_logging
 
     setup_logging()  # before Megatron-Core is imported, which warns
 
-    from megatron_unimm.data.sample import Turn
     from megatron_unimm.generate.api import Generator
     from megatron_unimm.generate.pictures import read_pictures
     from megatron_unimm.generate.sampling import DecodeSettings
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     pictures = read_pictures(image_files)
-    turn = Turn("user", (*range(len(pictures)), prompt))
-    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline) as generator:
-        open_image = to is not None and to.suffix.lower() in IMAGE_SUFFIXES
-        asked = generator.prompt([turn], pictures, open_image=open_image)
-        answer = generator.answer([asked], settings)[0]
+    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder) as generator:
+        suffix = "" if to is None else to.suffix.lower()
+        if generator.painter is not None:
+            settings = replace(settings, sampler=sampler_of(generator.painter.config.sampler, **drawing))
+        elif suffix == PICTURE:
+            from megatron_unimm.errors import UserError
+
+            raise UserError(generator.origin, f"has no image decoder beside it to make {to}; give one with --decoder")
+        answers = _answers(generator, prompts, pictures, settings, count, open_image=suffix in (PICTURE, TOKENS))
         if generator.is_main:
-            _write(answer, to)
+            _write(answers, [prompt for prompt in prompts for _ in range(count)], to, settings, generator.origin)
 
 
-def _write(answer: "Answer", to: Path | None) -> None:
-    from megatron_unimm.generate.pictures import write_visual_tokens
+def _answers(
+    generator: "Generator",
+    prompts: tuple[str, ...],
+    pictures: list,
+    settings: "DecodeSettings",
+    count: int,
+    open_image: bool,
+) -> list["Answer"]:
+    """Of each prompt, ``count`` answers one behind the other."""
+    from megatron_unimm.data.sample import Turn
 
-    if to is None or to.suffix.lower() in IMAGE_SUFFIXES:
-        click.echo(answer.text)
+    asked = [
+        generator.prompt(
+            [Turn("user", (*range(len(pictures)), prompt))], pictures, open_image=open_image, number=number
+        )
+        for prompt in prompts
+        for number in range(count)
+    ]
+    return generator.answer(asked, settings)
+
+
+def _write(
+    answers: list["Answer"], prompts: list[str], to: Path | None, settings: "DecodeSettings", origin: str
+) -> None:
+    from megatron_unimm.generate.pictures import write_pictures, write_visual_tokens
+
+    text = "\n".join(answer.text for answer in answers if answer.text)
+    images = [image for answer in answers for image in answer.images]
+    if to is None or to.suffix.lower() in (PICTURE, TOKENS):
+        click.echo(text, nl=bool(text))
     else:
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(answer.text + "\n", encoding="utf-8")
-    if not answer.complete:
+        to.write_text(text + "\n", encoding="utf-8")
+    if not all(answer.complete for answer in answers):
         click.echo("(cut at --max-new-tokens)", err=True)
-    if answer.images and to is None:
-        number = len(answer.images)
-        click.echo(f"({number} generated images not kept; give --to FILE.safetensors)", err=True)
-    elif answer.images and to is not None:
-        file = write_visual_tokens(answer.images, to.with_suffix(".safetensors"))
-        click.echo(f"{file}: visual tokens; this version has no diffusion decoder to make pixels of them", err=True)
+    if images and to is None:
+        click.echo(f"({len(images)} generated images not kept; give --to FILE.png)", err=True)
+    elif images and to is not None and to.suffix.lower() == TOKENS:
+        click.echo(f"{write_visual_tokens(images, to)}: visual tokens", err=True)
+    elif images and to is not None:
+        captions = [prompt for prompt, answer in zip(prompts, answers, strict=True) for _ in answer.images]
+        numbers = [n for n, answer in enumerate(answers) for _ in answer.images]
+        for file in write_pictures(images, to.with_suffix(PICTURE), captions, numbers, settings, origin):
+            click.echo(str(file), err=True)

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from megatron_unimm.config.flow import SamplerConfig
 
 Command = Callable[..., Any]
 
@@ -38,8 +41,34 @@ def decoding(command: Command) -> Command:
             click.option(
                 "--top-p", default=1.0, show_default=True, help="Draw from the likeliest with this probability."
             ),
-            click.option("--seed", default=0, show_default=True, help="Of the draws, with a temperature above 0."),
+            click.option("--seed", default=0, show_default=True, help="Of drawn words and of pictures' noise."),
         )
     ):
         command = option(command)
     return command
+
+
+def painting(command: Command) -> Command:
+    """How pictures are drawn; what is not given is as the decoder's recipe has it."""
+    for option in reversed(
+        (
+            click.option(
+                "--decoder",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Image decoder: its checkpoint or stage.  [default: the one in the run's folder]",
+            ),
+            click.option("--steps", type=click.IntRange(min=1), help="Steps from noise to picture."),
+            click.option("--guidance-scale", type=click.FloatRange(min=0), help="Of the condition; 1 is none."),
+            click.option("--image-guidance-scale", type=click.FloatRange(min=0), help="Of images that are edited."),
+            click.option("--solver", type=click.Choice(["euler", "heun", "dpm++2m"]), help="What takes the steps."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def sampler_of(recipe: "SamplerConfig", **chosen: Any) -> "SamplerConfig":
+    """The recipe's sampler with what was chosen in its place."""
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return type(recipe).model_validate(recipe.model_dump() | given)

@@ -156,6 +156,8 @@ class DataConfig(Section):
     """Of images to be generated (ORION, Table 1, Gen resolution: their long side)."""
     understanding_size: ImageSize = ImageSizeConfig(min_side=56, max_side=1024)
     """Of images that are read (ORION, Table 1, Und resolution: their long side)."""
+    drawing_size: ImageSize | None = None
+    """Of pictures that an image generator draws, in stages that train one."""
     sequence_length: int = Field(default=4096, gt=0)
     """Tokens of one packed row, which is one micro-batch."""
     packing: bool = True
@@ -171,6 +173,8 @@ class DataConfig(Section):
     feature_cache: str = ""
     """Folder of features that ``unimm data cache`` computed; images are then neither decoded nor run through the tower.
     Only for stages whose vision encoder is frozen. Empty for none."""
+    latent_cache: str = ""
+    """The same for latents of the pictures to be drawn; the VAE is then not run."""
     decoder: DecoderKind = "auto"
     """What decodes and resizes images. ``pillow`` gives transformers' pixels exactly; ``dali`` is faster, and differs
     by less than 1/255; ``auto`` takes DALI where it is installed."""

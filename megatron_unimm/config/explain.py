@@ -53,7 +53,8 @@ def _translate(section: type[Section], tree: Written, what: str, detail: ErrorDe
         return join(where, _tag(context)), f"missing for {what} {node.place}; add it"
     if kind == "union_tag_invalid":
         names = re.split(r", ", context["expected_tags"].replace("'", ""))
-        got = f"got {show(context['tag'])} {node.place}"
+        said = (node.mapping or {}).get(_tag(context), node)
+        got = f"got {show(context['tag'])} {said.place}"
         return join(where, _tag(context)), f"wanted one of {', '.join(names)}, {got}{suggest(context['tag'], names)}"
     if kind == "literal_error":
         names = re.split(r", | or ", context["expected"].replace("'", ""))
@@ -99,7 +100,7 @@ def _follow(tree: Written, loc: tuple[int | str, ...]) -> tuple[Written, list[st
     for index, part in enumerate(loc):
         if tree.mapping is not None and part in tree.mapping:
             tree = tree.mapping[str(part)]
-        elif tree.items is not None and isinstance(part, int):
+        elif tree.items is not None and isinstance(part, int) and part < len(tree.items):
             tree = tree.items[part]
         elif index == len(loc) - 1:
             return tree, [*path, str(part)], False

@@ -4,8 +4,9 @@ Checked before any process group exists, so that a wrong layout ends in one line
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from megatron_unimm.config.model import BackboneConfig
+from megatron_unimm.config.model import MoEConfig
 from megatron_unimm.config.parallel import Fp8Config, ParallelConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import ConfigError
@@ -16,27 +17,85 @@ FP8_ROW_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 
 """Tokens per rank of an FP8 product, by recipe."""
 
 
+@dataclass(frozen=True)
+class Trunk:
+    """The part of a stage that is spread over the whole layout, as far as the rules go."""
+
+    name: str
+    """Its section."""
+    layers_field: str
+    num_layers: int
+    num_kv_heads: int
+    tensor_sharded: dict[str, int]
+    """Sizes that are cut into ``tensor`` pieces, by the name of their field."""
+    widths: dict[str, int]
+    """Sides of its matrices that FP8 products see, before tensor parallelism cuts those in ``cut``."""
+    cut: frozenset[str]
+
+
+def trunk_of(stage: StageConfig) -> Trunk:
+    """The language model's decoder, or the diffusion transformer."""
+    if stage.method.trunk == "backbone":
+        model = stage.model.backbone
+        sharded = {
+            "model.backbone.num_heads": model.num_heads,
+            "model.backbone.mlp_size": model.mlp_size,
+            "model.backbone.vocab_size": model.vocab_size,
+        }
+        if model.moe is not None:
+            sharded["model.backbone.moe.shared_expert_size"] = model.moe.shared_expert_size
+        widths = {
+            "model.backbone.hidden_size": model.hidden_size,
+            "model.backbone.mlp_size": model.mlp_size,
+            "model.backbone.num_heads x head_size": model.num_heads * model.head_size,
+        }
+        return Trunk(
+            "model.backbone",
+            "model.backbone.num_layers",
+            model.num_layers,
+            model.num_kv_heads,
+            sharded,
+            widths,
+            frozenset(list(widths)[1:]),
+        )
+    assert stage.generator is not None
+    mmdit = stage.generator.mmdit
+    heads, width = "generator.mmdit.num_heads", "generator.mmdit.num_heads x head_size"
+    blocks = "num_layers + num_single_layers" if mmdit.family == "flux" else "num_layers"
+    return Trunk(
+        "generator.mmdit",
+        f"generator.mmdit.{blocks}",
+        mmdit.num_blocks,
+        mmdit.num_heads,
+        {heads: mmdit.num_heads},
+        {"generator.mmdit.hidden_size": mmdit.hidden_size, width: mmdit.hidden_size},
+        frozenset([width]),
+    )
+
+
 def check_layout(stage: StageConfig, world_size: int) -> int:
     """The data parallel size of a stage on ``world_size`` ranks.
 
     Raises:
         ConfigError: for the first rule that is broken, with the field, both numbers, and what to change.
     """
-    parallel, backbone = stage.system.parallel, stage.model.backbone
-    _check_switches(parallel, backbone)
+    parallel, trunk = stage.system.parallel, trunk_of(stage)
+    moe = stage.model.backbone.moe if stage.method.trunk == "backbone" else None
+    _check_switches(parallel, trunk, moe)
     _check_world(parallel, world_size)
-    _check_tensor(stage)
-    _check_experts(parallel, backbone)
-    _check_pipeline(parallel, backbone)
+    _check_tensor(stage, trunk)
+    _check_experts(parallel, moe)
+    _check_pipeline(parallel, trunk)
     _check_sequence_length(stage)
     _check_rows(stage, world_size)
     _check_system(stage.system)
+    _check_recompute(stage)
     if stage.system.precision.fp8 is not None:
-        _check_fp8(stage, stage.system.precision.fp8)
+        _check_fp8(stage, stage.system.precision.fp8, trunk)
     return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
-def _check_switches(parallel: ParallelConfig, backbone: BackboneConfig) -> None:
+def _check_switches(parallel: ParallelConfig, trunk: Trunk, moe: MoEConfig | None) -> None:
     """Options that need one another."""
     if parallel.sequence and parallel.tensor == 1:
         raise _error(
@@ -45,10 +104,11 @@ def _check_switches(parallel: ParallelConfig, backbone: BackboneConfig) -> None:
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         chunks = parallel.virtual_pipeline
         raise _error("virtual_pipeline", f"{chunks}, but pipeline is 1; model chunks interleave only with pipeline > 1")
-    if backbone.moe is None:
+    if moe is None:
         for axis, size in (("expert", parallel.expert), ("expert_tensor", parallel.expert_tensor)):
             if size > 1:
-                raise _error(axis, f"{size}, but model.backbone.moe is null; a dense model has no experts, set it to 1")
+                lacking = "model.backbone.moe is null" if trunk.name == "model.backbone" else f"{trunk.name} is dense"
+                raise _error(axis, f"{size}, but {lacking}; a dense model has no experts, set it to 1")
     elif parallel.tensor > 1 and not parallel.sequence:
         raise _error("sequence", f"false, but tensor is {parallel.tensor} and the model has experts; set it to true")
 
@@ -70,65 +130,59 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def _check_tensor(stage: StageConfig) -> None:
+def _check_tensor(stage: StageConfig, trunk: Trunk) -> None:
     tensor = stage.system.parallel.tensor
-    for field, size in _tensor_sharded(stage):
+    for field, size in _tensor_sharded(stage, trunk):
         if size % tensor:
             raise _error("tensor", f"{tensor} does not divide {field} {size}; choose a divisor of {size}")
-    kv_heads = stage.model.backbone.num_kv_heads
+    kv_heads = trunk.num_kv_heads
     if kv_heads % tensor and tensor % kv_heads:
         raise _error(
             "tensor",
-            f"{tensor} is neither a divisor nor a multiple of model.backbone.num_kv_heads {kv_heads}; "
+            f"{tensor} is neither a divisor nor a multiple of {trunk.name}.num_kv_heads {kv_heads}; "
             "choose one, so that every rank has whole key-value heads",
         )
 
 
-def _tensor_sharded(stage: StageConfig) -> Iterator[tuple[str, int]]:
+def _tensor_sharded(stage: StageConfig, trunk: Trunk) -> Iterator[tuple[str, int]]:
     """Sizes that are cut into ``tensor`` pieces, by the name of their field."""
-    vision, backbone = stage.model.vision_encoder, stage.model.backbone
-    yield "model.backbone.num_heads", backbone.num_heads
-    yield "model.backbone.mlp_size", backbone.mlp_size
-    yield "model.backbone.vocab_size", backbone.vocab_size
-    if backbone.moe is not None:
-        yield "model.backbone.moe.shared_expert_size", backbone.moe.shared_expert_size
+    vision = stage.model.vision_encoder
+    yield from trunk.tensor_sharded.items()
     yield "model.vision_encoder.num_heads", vision.num_heads
     yield "model.vision_encoder.mlp_size", vision.mlp_size
-    yield from stage.method.tensor_sharded(backbone.hidden_size).items()
+    yield from stage.method.tensor_sharded(stage.model.backbone.hidden_size).items()
 
 
-def _check_experts(parallel: ParallelConfig, backbone: BackboneConfig) -> None:
-    if backbone.moe is None:
+def _check_experts(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
+    if moe is None:
         return
-    if backbone.moe.num_experts % parallel.expert:
-        raise _error(
-            "expert", f"{parallel.expert} does not divide model.backbone.moe.num_experts {backbone.moe.num_experts}"
-        )
-    if backbone.moe.expert_mlp_size % parallel.expert_tensor:
-        size = backbone.moe.expert_mlp_size
+    if moe.num_experts % parallel.expert:
+        raise _error("expert", f"{parallel.expert} does not divide model.backbone.moe.num_experts {moe.num_experts}")
+    if moe.expert_mlp_size % parallel.expert_tensor:
+        size = moe.expert_mlp_size
         raise _error(
             "expert_tensor", f"{parallel.expert_tensor} does not divide model.backbone.moe.expert_mlp_size {size}"
         )
 
 
-def _check_pipeline(parallel: ParallelConfig, backbone: BackboneConfig) -> None:
+def _check_pipeline(parallel: ParallelConfig, trunk: Trunk) -> None:
     chunks = parallel.pipeline * parallel.virtual_pipeline
     product = f"pipeline {parallel.pipeline} x virtual_pipeline {parallel.virtual_pipeline} = {chunks}"
     layers = parallel.layers_per_stage
     if layers is None:
-        if backbone.num_layers % chunks:
+        if trunk.num_layers % chunks:
             raise _error(
                 "pipeline",
-                f"{product} does not divide model.backbone.num_layers {backbone.num_layers}; "
+                f"{product} does not divide {trunk.layers_field} {trunk.num_layers}; "
                 f"change one, or give system.parallel.layers_per_stage as {chunks} numbers",
             )
         return
     if len(layers) != chunks:
         raise _error("layers_per_stage", f"has {len(layers)} numbers, but {product}; give {chunks}")
-    if min(layers) < 0 or sum(layers) != backbone.num_layers:
+    if min(layers) < 0 or sum(layers) != trunk.num_layers:
         raise _error(
             "layers_per_stage",
-            f"{layers} sums to {sum(layers)}, but model.backbone.num_layers is {backbone.num_layers}; "
+            f"{layers} sums to {sum(layers)}, but {trunk.layers_field} is {trunk.num_layers}; "
             "the numbers are layers per stage, none negative, and sum to all",
         )
 
@@ -137,7 +191,10 @@ def _check_sequence_length(stage: StageConfig) -> None:
     parallel, length = stage.system.parallel, stage.data.sequence_length
     factors = [f"tensor {parallel.tensor}"] if parallel.sequence else []
     multiple = parallel.tensor if parallel.sequence else 1
-    if parallel.context > 1:
+    if parallel.context > 1 and stage.method.trunk == "mmdit":
+        multiple *= parallel.context
+        factors.append(f"context {parallel.context}")
+    elif parallel.context > 1:
         # Each rank holds two chunks, one from each end of the row, so that all have the same share of the causal mask.
         multiple *= 2 * parallel.context
         factors.append(f"2 x context {parallel.context}")
@@ -189,8 +246,25 @@ def _check_system(system: SystemConfig) -> None:
             )
 
 
-def _check_fp8(stage: StageConfig, fp8: Fp8Config) -> None:
-    system, backbone = stage.system, stage.model.backbone
+def stream_multiple(stage: StageConfig) -> int:
+    """What each stream of a diffusion transformer's row must be a multiple of: ranks that cut it, times the rows of an
+    FP8 product."""
+    parallel, fp8 = stage.system.parallel, stage.system.precision.fp8
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    return shards * (FP8_ROW_MULTIPLE[fp8.recipe] if fp8 is not None else 1)
+
+
+def _check_recompute(stage: StageConfig) -> None:
+    recompute = stage.system.recompute
+    if stage.method.trunk == "mmdit" and recompute.granularity == "selective":
+        refused = [module for module in recompute.modules if module not in ("core_attn", "mlp")]
+        if refused:
+            what = f"{', '.join(refused)} are no parts of a diffusion transformer's layer; it has core_attn and mlp"
+            raise ConfigError("system.recompute.modules", what)
+
+
+def _check_fp8(stage: StageConfig, fp8: Fp8Config, trunk: Trunk) -> None:
+    system = stage.system
     if system.precision.dtype != "bfloat16":
         raise ConfigError("system.precision.dtype", f"{system.precision.dtype}, but fp8 is set; FP8 goes with bfloat16")
     if fp8.recipe == "delayed" and fp8.first_last_layers_bf16:
@@ -202,16 +276,14 @@ def _check_fp8(stage: StageConfig, fp8: Fp8Config) -> None:
         if refused:
             raise ConfigError("system.recompute.modules", f"{', '.join(refused)} do not go with the delayed FP8 recipe")
     tensor = system.parallel.tensor
-    for field, size in (
-        ("model.backbone.hidden_size", backbone.hidden_size),
-        ("model.backbone.mlp_size / tensor", backbone.mlp_size // tensor),
-        ("model.backbone.num_heads x head_size / tensor", backbone.num_heads * backbone.head_size // tensor),
-    ):
+    for field, width in trunk.widths.items():
+        size, field = (width // tensor, f"{field} / tensor") if field in trunk.cut else (width, field)
         if size % FP8_WEIGHT_MULTIPLE:
             raise ConfigError(
                 "system.precision.fp8", f"{field} is {size}, no multiple of {FP8_WEIGHT_MULTIPLE}; lower tensor"
             )
     shards = system.parallel.context * (tensor if system.parallel.sequence else 1)
+    # A diffusion transformer's streams are each rounded up to it by themselves (stream_multiple).
     multiple = FP8_ROW_MULTIPLE[fp8.recipe] * shards
     if stage.data.sequence_length % multiple:
         length = stage.data.sequence_length

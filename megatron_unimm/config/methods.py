@@ -1,10 +1,11 @@
 """One section per method; the ``name`` field tells them apart."""
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_unimm.config.base import Section
+from megatron_unimm.config.flow import FlowConfig, SamplerConfig
 from megatron_unimm.config.model import VisionHeadConfig
 
 
@@ -20,6 +21,8 @@ class OrionConfig(Section):
     """ORION, decoupling and alignment (papers: Hu et al., ICLR 2026)."""
 
     name: Literal["orion"] = "orion"
+    trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
+    """The part that is spread over the whole layout; every method's section says so."""
     vision_head: VisionHeadConfig = VisionHeadConfig()
     loss_weights: LossWeights = LossWeights()
 
@@ -31,4 +34,41 @@ class OrionConfig(Section):
         return {"model.backbone.hidden_size": hidden_size} if self.vision_head.kind == "linear" else {}
 
 
-MethodConfig = OrionConfig
+class ConnectorConfig(Section):
+    """Maps visual tokens to the condition of an image generator (Nexus-Gen, arXiv 2504.21356: the generation decoder's
+    adapter)."""
+
+    hidden_size: int | None = Field(default=None, gt=0)
+    """Width between its two linear layers; null for that of the condition."""
+    sources: bool = False
+    """Whether visual tokens of source images join those of the picture, for editing."""
+
+
+class OrionDecoderConfig(Section):
+    """ORION's image decoder: a diffusion transformer that draws what visual tokens say (section 3.3.2; repurposed from
+    Nexus-Gen's)."""
+
+    name: Literal["orion_decoder"]
+    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    connector: ConnectorConfig = ConnectorConfig()
+    flow: FlowConfig = FlowConfig()
+    sampler: SamplerConfig = SamplerConfig(guidance_scale=1.0)
+    """How pictures are drawn unless the command says otherwise."""
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of samples that are drawn from no condition (zeros for visual tokens), for classifier-free guidance."""
+    embedded_guidance: float = Field(default=3.5, ge=0)
+    """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
+
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Nothing beyond the diffusion transformer; the connector is whole on every rank."""
+        return {}
+
+
+def _orion_by_default(value: Any) -> Any:
+    """Recipes of ORION's own stages may leave the name out."""
+    return {"name": "orion", **value} if isinstance(value, dict) else value
+
+
+MethodConfig = Annotated[
+    Annotated[OrionConfig | OrionDecoderConfig, Field(discriminator="name")], BeforeValidator(_orion_by_default)
+]

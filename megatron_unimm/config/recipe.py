@@ -5,6 +5,7 @@ from pydantic import Field, model_validator
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import DataConfig
 from megatron_unimm.config.methods import MethodConfig
+from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.parallel import SystemConfig
 from megatron_unimm.config.train import TrainConfig
@@ -16,6 +17,8 @@ class StageConfig(Section):
     name: str
     """The stage's name, from its key under ``stages``."""
     model: ModelConfig
+    generator: ImageGeneratorConfig | None = None
+    """What draws, for stages that train it."""
     method: MethodConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -24,6 +27,19 @@ class StageConfig(Section):
     """The stage whose last checkpoint this one starts from; null starts from the base model."""
     base_checkpoint: str = ""
     """Imported base model (``unimm convert import``): start of the first stage, and the frozen teacher of all."""
+    generator_checkpoint: str = ""
+    """Imported image generator: start of the first stage that trains it, and the frozen VAE of all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        if self.method.trunk == "mmdit":
+            if self.generator is None:
+                raise ValueError(f"method {self.method.name} trains an image generator; give its section generator")
+            if self.generator.vae is None:
+                raise ValueError(f"method {self.method.name} draws through a VAE; give its section generator.vae")
+            if self.data.drawing_size is None:
+                raise ValueError(f"method {self.method.name} draws pictures; give their size, data.drawing_size")
+        return self
 
 
 class Recipe(Section):

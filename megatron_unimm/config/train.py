@@ -92,6 +92,15 @@ class LoggingConfig(Section):
     every_steps: int = Field(default=10, gt=0)
     text_every_steps: int = Field(default=500, gt=0)
     """How often decoded text samples go to TensorBoard."""
+    pictures_every_steps: int | None = Field(default=None, gt=0)
+    """How often pictures go to TensorBoard: those of the stage's sources drawn again, where it trains an image decoder,
+    else ``picture_prompts``. null for never."""
+    num_pictures: int = Field(default=8, gt=0)
+    """How many are drawn again."""
+    picture_prompts: list[str] = Field(default_factory=list)
+    """What a stage of the language model draws, through ``decoder``."""
+    decoder: str = ""
+    """An image decoder's checkpoint, or the folder of its stage."""
     tensorboard: bool = True
     per_module_grad_norm: bool = True
     peak_tflops: float | None = Field(default=None, gt=0)
@@ -112,6 +121,9 @@ class TrainConfig(Section):
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a running average of the weights with this decay per step, saved with the checkpoint; what is drawn and
+    exported then comes from it. null for none."""
     spike: SpikeConfig = SpikeConfig()
     trainable: list[TrainableRule]
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -60,7 +60,8 @@ def plain(tree: Written) -> Any:
 def merged(under: Written, over: Written) -> Written:
     """``over`` laid on ``under``; where both are mappings, key by key.
 
-    A section of another ``family`` or ``rule`` replaces the one below it: the keys of one mean nothing to another.
+    A section of another ``family`` or ``rule``, or a method of another ``name``, replaces the one below it: the keys of
+    one mean nothing to another.
     """
     if under.mapping is None or over.mapping is None or _is_another(under, over):
         return over.copy()
@@ -74,7 +75,9 @@ def _is_another(under: Written, over: Written) -> bool:
     """Whether a field that tells the members of a union apart says something else."""
     assert under.mapping is not None
     assert over.mapping is not None
-    for name in ("family", "rule"):
+    # What a recipe and a stage are called says nothing of the kind.
+    names = ("name",) if over.key.split(".")[-1] == "method" else ("family", "rule")
+    for name in names:
         if name in over.mapping:
             return name not in under.mapping or over.mapping[name].scalar != under.mapping[name].scalar
     return False

@@ -11,18 +11,14 @@ row.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
-from megatron_unimm.data.chat import ChatFormat
-from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.mix import Mix
-from megatron_unimm.data.packing import build_row, deal_rows
-from megatron_unimm.data.plan import BadSample, BatchSize, Planner, PlanState, RowRule, StepPlan
-from megatron_unimm.data.sample import PackedRow, TokenizedSample
-from megatron_unimm.data.sources.source import Source
+from megatron_unimm.data.packing import deal_rows
+from megatron_unimm.data.plan import BadSample, BatchSize, Layout, Planner, PlanState, RowRule, StepPlan
 from megatron_unimm.data.workers import SampleWork, Workers
 from megatron_unimm.errors import ConfigError
 
@@ -55,8 +51,8 @@ class StepBatch:
     """One optimizer step of one data-parallel rank."""
 
     step: int
-    rows: list[PackedRow]
-    """As many on every data-parallel rank."""
+    rows: Sequence[Any]
+    """Packed rows (:class:`~megatron_unimm.data.workers.Row`), as many on every data-parallel rank."""
     counts: dict[str, int]
     """Draws per source in the global batch, bad samples included."""
     bad: list[BadSample]
@@ -72,7 +68,7 @@ class _Prepared:
     after: PlanState
 
 
-def pairs_of_tokens(sample: TokenizedSample) -> float:
+def pairs_of_tokens(sample: Layout) -> float:
     """Work of a sample beyond what its tokens cost in any row: the pairs that attend to each other."""
     return float(len(sample)) ** 2
 
@@ -84,14 +80,12 @@ class StepLoader:
     headers, on all ranks alike. An error while preparing a step is raised when that step is asked for.
 
     Args:
-        chat: tokenizer, vision encoder and data settings.
-        sources: opened sources by name.
+        work: what is done to samples.
         mix: the order of draws from them.
         size: what a step holds over all ranks.
         shard: what this rank reads.
         cost: work of a sample beyond what its tokens cost in any row; evens out the work of rows and ranks.
         num_steps: the step to stop before.
-        features: of images, computed beforehand.
 
     Raises:
         DataError: too many of a step's samples are bad, or a worker process died.
@@ -100,25 +94,23 @@ class StepLoader:
     def __init__(
         self,
         *,
-        chat: ChatFormat,
-        sources: Mapping[str, Source],
+        work: SampleWork,
         mix: Mix,
         size: BatchSize,
         shard: DataShard,
-        cost: Callable[[TokenizedSample], float] = pairs_of_tokens,
+        cost: Callable[[Any], float] = pairs_of_tokens,
         num_steps: int | None = None,
-        features: FeatureStore | None = None,
     ) -> None:
-        data = chat.data
+        data = work.data
         if data.sequence_length % shard.alignment:
             what = f"{data.sequence_length} is not a multiple of {shard.alignment} (2 x context parallel size)"
             raise ConfigError("data.sequence_length", what)
-        self._chat = chat
+        self._work = work
         self._mix = mix
         self._shard = shard
         self._num_steps = num_steps
-        self._workers = Workers(SampleWork(chat, sources, features), data.workers, data.prefetch_workers, shard.device)
-        rule = RowRule(data.sequence_length, shard.alignment, shard.dp_size * shard.rows_multiple, data.packing)
+        self._workers = Workers(work, data.workers, data.prefetch_workers, shard.device)
+        rule = RowRule(work.room, shard.alignment, shard.dp_size * shard.rows_multiple, data.packing)
         self._planner = Planner(mix, size, rule, self._workers.lay_out, cost, data.max_bad_share)
         self._state = PlanState()
         self._faults_seen: set[str] = set()
@@ -150,6 +142,11 @@ class StepLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def work(self) -> SampleWork:
+        """What is done to samples."""
+        return self._work
 
     def close(self) -> None:
         """Ends threads and worker processes, once what they are doing is done."""
@@ -205,7 +202,7 @@ class StepLoader:
 
     def _decode(self, step: int, plan: StepPlan) -> _Prepared:
         """This rank's rows of a plan."""
-        data, shard = self._chat.data, self._shard
+        shard = self._shard
         own = [plan.rows[row] for row in deal_rows(plan.costs, shard.dp_size)[shard.dp_rank]]
         items = [laid for row in own for laid in row]
         done = self._workers.load(items) if shard.need_pixels else [(laid.layout, []) for laid in items]
@@ -214,15 +211,7 @@ class StepLoader:
         for row in own:
             pairs = [next(loaded) for _ in row]
             voided += [bad for _, broken in pairs for bad in broken]
-            rows.append(
-                build_row(
-                    [tokenized for tokenized, _ in pairs],
-                    sequence_length=data.sequence_length,
-                    alignment=shard.alignment,
-                    pad_id=self._chat.tokenizer.token_ids.pad,
-                    patch_dim=self._chat.encoder.patch_dim,
-                )
-            )
+            rows.append(self._work.row([sample for sample, _ in pairs]))
         counts = {name: plan.drawn[name] for name in self._mix.names}
         return _Prepared(StepBatch(step, rows, counts, plan.bad, voided), plan.after)
 

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any, Protocol
 
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.mix import Draw, Mix
 from megatron_unimm.data.packing import fill_rows, plan_rows, round_up
-from megatron_unimm.data.sample import Sample, TokenizedSample
+from megatron_unimm.data.sample import Sample
 from megatron_unimm.errors import DataError
 
 OVERFILL = 1.02
@@ -60,6 +61,14 @@ class PlanState:
     """Draws before it that have found no room yet."""
 
 
+class Layout(Protocol):
+    """What is known of a sample before its images are decoded, as far as planning needs it."""
+
+    def __len__(self) -> int:
+        """Tokens that it takes up."""
+        ...
+
+
 @dataclass(frozen=True)
 class Laid:
     """A sample that can be used, laid out from its text and the sizes of its images."""
@@ -67,7 +76,8 @@ class Laid:
     draw: Draw
     where: str
     sample: Sample
-    layout: TokenizedSample
+    layout: Any
+    """A :class:`Layout`: of what kind, the work on the sample knows."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Planner:
         size: BatchSize,
         rule: RowRule,
         lay_out: Callable[[Sequence[Draw]], Iterable[Laid | BadSample]],
-        cost: Callable[[TokenizedSample], float],
+        cost: Callable[[Any], float],
         max_bad_share: float,
     ) -> None:
         assert (size.samples is None) != (size.rows is None), size

@@ -95,3 +95,13 @@ class PackedRow:
     num_padding: int
     """Tokens of the row that belong to no sample (padding inside segments included)."""
     features: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.grids)

@@ -30,6 +30,19 @@ def target_size(width: int, height: int, size: ImageSize, factor: int) -> tuple[
     return size.side, size.side
 
 
+def smallest_area(size: ImageSize, factor: int) -> int:
+    """Visual tokens (squares of side ``factor``) of the smallest image that a rule makes; a lower bound."""
+    if isinstance(size, ImageSizeConfig):
+        return max(1, round(size.min_side / factor))  # and one wide
+    if isinstance(size, PixelSizeConfig):
+        return max(1, size.min_pixels // factor**2)
+    if isinstance(size, PatchBudgetConfig):
+        return 1
+    if isinstance(size, BucketSizeConfig):
+        return min(width // factor * (height // factor) for width, height in size.sizes)
+    return (size.side // factor) ** 2
+
+
 def check_size(size: ImageSize, factor: int, where: str) -> None:
     """Raises ConfigError where a config asks for sides that are no whole number of visual tokens.
 

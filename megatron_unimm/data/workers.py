@@ -1,4 +1,8 @@
-"""The work on single samples, in threads or in processes: laying out, and decoding."""
+"""The work on single samples, in threads or in processes: laying out, and decoding.
+
+What is done to a sample depends on what a stage teaches: conversations become tokens (:class:`ConversationWork`),
+pictures to be drawn become latents and conditions (``data/drawing.py``). The loader knows neither.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -7,18 +11,20 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from megatron_unimm.config.data import DataConfig
 from megatron_unimm.data.chat import ChatFormat, concat_patches, image_order, layout_sample
 from megatron_unimm.data.decode.build import build_decoder
 from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.features import STORED, FeatureStore, image_key
 from megatron_unimm.data.mix import Draw
-from megatron_unimm.data.plan import BadSample, Laid
-from megatron_unimm.data.sample import IGNORED_LABEL, TokenizedSample
+from megatron_unimm.data.packing import build_row
+from megatron_unimm.data.plan import BadSample, Laid, Layout
+from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, Sample, TokenizedSample
 from megatron_unimm.data.sources.source import Source
 from megatron_unimm.errors import DataError
 
@@ -29,30 +35,96 @@ PER_PROCESS = 4
 """Samples that a worker process loads at a time."""
 
 
+class Row(Protocol):
+    """A packed row, one micro-batch, as far as the loop counts what is in it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are computed, padding included."""
+        ...
+
+    @property
+    def num_padding(self) -> int:
+        """Those that belong to no sample."""
+        ...
+
+    @property
+    def num_images(self) -> int: ...
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]: ...
+
+
+class SampleWork(Protocol):
+    """What is done to samples. Can be sent to another process."""
+
+    @property
+    def data(self) -> DataConfig:
+        """The stage's settings."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """Tokens of samples that fit into a row."""
+        ...
+
+    def lay_out(self, draw: Draw) -> Laid | BadSample:
+        """Read what a sample says, and the headers of its images."""
+        ...
+
+    def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[Any, list[BadSample]]]:
+        """Decode the images of samples; where one is broken, nothing is learned from its sample."""
+        ...
+
+    def row(self, samples: Sequence[Any]) -> Any:
+        """Samples as :meth:`load` gives them, or their layouts on ranks that read no images, in one row."""
+        ...
+
+
+def laid_out(sources: Mapping[str, Source], draw: Draw, lay_out: Callable[[Sample], Layout]) -> Laid | BadSample:
+    """A draw's sample with its layout, or what is wrong with it."""
+    source = sources[draw.source]
+    where = source.where(draw.index)
+    try:
+        sample = source[draw.index]
+        return Laid(draw, where, sample, lay_out(sample))
+    except SampleError as error:
+        named = error if error.where == where else SampleError(where, str(error), error.fault)
+        return BadSample(draw.source, named)
+
+
 @dataclass(frozen=True)
-class SampleWork:
-    """What is done to one sample. Can be sent to another process."""
+class ConversationWork:
+    """Conversations to tokens and patches."""
 
     chat: ChatFormat
     sources: Mapping[str, Source]
     features: FeatureStore | None = None
     """Computed beforehand; images are then looked up instead of decoded."""
+    alignment: int = 1
+    """Each sample takes up a multiple of this many tokens."""
 
-    def decoder(self, threads: int, device: int | None) -> Decoder:
-        """The decoder that ``data.decoder`` names."""
-        data = self.chat.data
-        return build_decoder(data.decoder, max_pixels=data.max_image_pixels, threads=threads, device=device)
+    @property
+    def data(self) -> DataConfig:
+        return self.chat.data
 
-    def lay_out(self, draw: Draw) -> "Laid | BadSample":
+    @property
+    def room(self) -> int:
+        return self.chat.data.sequence_length
+
+    def lay_out(self, draw: Draw) -> Laid | BadSample:
         """Read a sample's text and the headers of its images."""
-        source = self.sources[draw.source]
-        where = source.where(draw.index)
-        try:
-            sample = source[draw.index]
-            return Laid(draw, where, sample, layout_sample(sample, self.chat))
-        except SampleError as error:
-            named = error if error.where == where else SampleError(where, str(error), error.fault)
-            return BadSample(draw.source, named)
+        return laid_out(self.sources, draw, lambda sample: layout_sample(sample, self.chat))
+
+    def row(self, samples: Sequence[TokenizedSample]) -> PackedRow:
+        """One behind the other."""
+        return build_row(
+            samples,
+            sequence_length=self.chat.data.sequence_length,
+            alignment=self.alignment,
+            pad_id=self.chat.tokenizer.token_ids.pad,
+            patch_dim=self.chat.encoder.patch_dim,
+        )
 
     def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[TokenizedSample, list[BadSample]]]:
         """Decode the images of samples, or look their features up; where one is broken it is grey, and nothing is
@@ -139,15 +211,15 @@ class Workers(AbstractContextManager["Workers"]):
             # Not forked: a fork of a process with threads (and CUDA) may hang.
             self._pool = ProcessPoolExecutor(count, get_context("spawn"), _set_up, (work,))
             return
-        self._decoder = work.decoder(count, device)
+        self._decoder = _decoder(work, count, device)
         if count:
             self._pool = ThreadPoolExecutor(count, "data-sample")
 
-    def lay_out(self, draws: Sequence[Draw]) -> list["Laid | BadSample"]:
+    def lay_out(self, draws: Sequence[Draw]) -> list[Laid | BadSample]:
         """:meth:`SampleWork.lay_out` of each."""
         return self._map(_lay_out if self._in_processes else self.work.lay_out, draws)
 
-    def load(self, laid: Sequence[Laid]) -> list[tuple[TokenizedSample, list[BadSample]]]:
+    def load(self, laid: Sequence[Laid]) -> list[tuple[Any, list[BadSample]]]:
         """:meth:`SampleWork.load` of each."""
         if self._decoder is not None:
             return self.work.load(laid, self._decoder)
@@ -179,12 +251,18 @@ class Workers(AbstractContextManager["Workers"]):
         self.close()
 
 
+def _decoder(work: SampleWork, threads: int, device: int | None) -> Decoder:
+    """The decoder that ``data.decoder`` names."""
+    data = work.data
+    return build_decoder(data.decoder, max_pixels=data.max_image_pixels, threads=threads, device=device)
+
+
 _here: list[tuple[SampleWork, Decoder]] = []
 """A worker process's work: executors hand arguments to functions of modules only."""
 
 
 def _set_up(work: SampleWork) -> None:
-    _here[:] = [(work, work.decoder(0, None))]
+    _here[:] = [(work, _decoder(work, 0, None))]
 
 
 def _lay_out(draw: Draw) -> Any:

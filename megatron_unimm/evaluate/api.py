@@ -2,13 +2,18 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_unimm.checkpoint.manifest import read_meta
+import numpy as np
+
+from megatron_unimm.checkpoint.manifest import find_checkpoint, read_meta
 from megatron_unimm.errors import UserError
+from megatron_unimm.evaluate.suite import SHEET_COLUMNS, Suite, SuiteFiles, SuiteResult
 from megatron_unimm.evaluate.suites import suite_of
 from megatron_unimm.generate.api import Generator
+from megatron_unimm.generate.png import picture_grid, write_png
 
 
 def evaluate(
@@ -19,6 +24,8 @@ def evaluate(
     num_samples: int | None = None,
     *,
     base: Path | None = None,
+    images: Path | None = None,
+    detections: Path | None = None,
     tensor: int = 1,
     pipeline: int = 1,
 ) -> dict[str, Any]:
@@ -27,40 +34,73 @@ def evaluate(
     Args:
         model_dir: as ``Generator.load``.
         suite: a name of ``evaluate/suites.py``.
-        data: folder with the suite's files (``unimm data shapes``); None has them made.
-        to: JSON file for the result, written by rank 0.
+        data: folder with the suite's files (``unimm data shapes``), or its file; None has them made.
+        to: JSON file for the result, written by rank 0, with pictures beside it (``.png``) where the suite gives some.
         num_samples: None takes the suite's own number.
         base: the base model's checkpoint, for suites that compare with its features; None takes the training's.
+        images: folder of the images that a suite writes; None takes ``to`` without its suffix.
+        detections: boxes that a detector found in those images: they are scored, and no model is built.
 
     Returns:
-        suite, checkpoint, step, scores, counts, seconds: what the file holds.
+        suite, checkpoint, stage, step, scores, counts, seconds: what the file holds.
 
     Raises:
         UserError: no such suite, file or checkpoint, or a model that cannot do what the suite asks.
     """
     chosen = suite_of(suite, "suite")
+    if (images is not None or detections is not None) and chosen.with_files is None:
+        raise UserError("suite", f"{chosen.name} writes no images to score; leave --images and --detections out")
     samples = chosen.load(data, num_samples or chosen.num_samples)
+    if chosen.with_files is not None:
+        samples = chosen.with_files(samples, _files(to, images, detections))
+    if detections is not None:
+        assert chosen.score_files is not None, f"suite {chosen.name} writes images that it cannot score"
+        started = time.perf_counter()
+        report = _report(chosen, find_checkpoint(model_dir), chosen.score_files(samples), started)
+        if to is not None:
+            _write(report, (), to)
+        return report
     with Generator.load(
         model_dir, tensor=tensor, pipeline=pipeline, with_targets=chosen.needs_targets, base=base
     ) as generator:
         if chosen.draws and not generator.draws:
             raise UserError(
                 generator.origin,
-                f"is a model without a vision head, but suite {suite} asks for images; take a trained checkpoint",
+                f"is a model without a vision head, but suite {chosen.name} asks for images; take a trained checkpoint",
             )
         started = time.perf_counter()
         result = chosen.run(generator, samples)
-        meta = read_meta(Path(generator.origin))
-        report = {
-            "suite": suite,
-            "checkpoint": generator.origin,
-            "stage": meta.get("stage"),
-            "step": meta.get("step"),
-            "scores": result.scores,
-            "counts": result.counts,
-            "seconds": round(time.perf_counter() - started, 3),
-        }
+        report = _report(chosen, Path(generator.origin), result, started)
         if to is not None and generator.is_main:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_text(json.dumps(report, indent=2) + "\n")
+            _write(report, result.pictures, to)
     return report
+
+
+def _files(to: Path | None, images: Path | None, detections: Path | None) -> SuiteFiles:
+    """The images' folder and the rows' file, named after the result unless given."""
+    if to is None:
+        raise UserError("to", "the suite writes images and rows beside its result; give a file for it")
+    return SuiteFiles(images or to.with_suffix(""), to.with_suffix(".jsonl"), detections)
+
+
+def _report(suite: Suite, checkpoint: Path, result: SuiteResult, started: float) -> dict[str, Any]:
+    meta = read_meta(checkpoint)
+    return {
+        "suite": suite.name,
+        "checkpoint": str(checkpoint),
+        "stage": meta.get("stage"),
+        "step": meta.get("step"),
+        "scores": result.scores,
+        "counts": result.counts,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _write(report: dict[str, Any], pictures: Sequence[tuple[str, np.ndarray]], to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps(report, indent=2) + "\n")
+    if pictures:
+        captions = [caption for caption, _ in pictures]
+        sheet = picture_grid([picture for _, picture in pictures], captions, SHEET_COLUMNS)
+        settings = {name: report[name] for name in ("suite", "checkpoint", "step") if report[name] is not None}
+        write_png(to.with_suffix(".png"), sheet, settings)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 
-from megatron_unimm.errors import DataError
+from megatron_unimm.errors import DataError, UserError
 from megatron_unimm.generate.api import Generator
 
 T = TypeVar("T")
@@ -21,6 +22,20 @@ class SuiteResult:
     """By name; the suite's main figure first."""
     counts: dict[str, int] = field(default_factory=dict)
     """How many samples stand behind them."""
+    pictures: Sequence[tuple[str, np.ndarray]] = ()
+    """For people to look at: captions and uint8 (H, W, 3), in rows of ``SHEET_COLUMNS``."""
+
+
+@dataclass(frozen=True)
+class SuiteFiles:
+    """Where a suite keeps what is more than numbers."""
+
+    images: Path
+    """Folder of the images that it makes."""
+    rows: Path
+    """JSON-lines file with what was found in each image."""
+    detections: Path | None = None
+    """JSON file with the boxes that a detector found in the images; None where it has not seen them yet."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +46,38 @@ class Suite:
     about: str
     """One line for ``unimm evaluate --help``."""
     num_samples: int
-    """Unless asked for another number."""
+    """Unless asked for another number; of what, the suite says."""
     draws: bool
     """Whether the model must be able to generate images."""
     needs_targets: bool
     """Whether the base model's vision encoder is read (``Generator.target_features``)."""
-    load: Callable[[Path | None, int], Sequence[Any]]
+    load: Callable[[Path | None, int], Any]
     """Its samples: from the files of ``unimm data shapes`` in a folder or, without one, made on the spot. Raises
     DataError."""
-    run: Callable[[Generator, Sequence[Any]], SuiteResult]
+    run: Callable[[Generator, Any], SuiteResult]
     """Scores the model on samples; called on all ranks, returns the same on all."""
+    with_files: Callable[[Any, SuiteFiles], Any] | None = None
+    """The samples with the places of files, for a suite that writes images; it runs only from the command line."""
+    score_files: Callable[[Any], SuiteResult] | None = None
+    """Scores the images that are there by ``SuiteFiles.detections``, without a model and on one rank."""
+
+
+SHEET_COLUMNS = 6
+"""Pictures in a row of ``SuiteResult.pictures``."""
+
+
+def require_pixels(generator: Generator, suite: str) -> None:
+    """Refuse a model whose images remain visual tokens.
+
+    Raises:
+        UserError: no decoder is loaded.
+    """
+    if not generator.paints:
+        raise UserError(
+            generator.origin,
+            f"makes visual tokens, but suite {suite} judges pixels; train a diffusion decoder for them (a stage with "
+            "method.name: orion_decoder) and give its checkpoint",
+        )
 
 
 def share(generator: Generator, count: int) -> range:
@@ -53,6 +90,14 @@ def share(generator: Generator, count: int) -> range:
     if groups.config.expert > 1:
         return range(count)
     return range(groups.data_rank, count, groups.data_size)
+
+
+def is_writer(generator: Generator) -> bool:
+    """Whether this rank writes the files of its replica's share: one rank of each replica does, and one of all where
+    replicas answer everything together."""
+    groups = generator.groups
+    is_first = groups.tensor_rank == groups.context_rank == groups.pipeline_rank == 0
+    return is_first and (groups.config.expert == 1 or groups.data_rank == 0)
 
 
 def gather(generator: Generator, mine: dict[int, T]) -> list[T]:

@@ -2,14 +2,16 @@
 
 from megatron_unimm.config.wording import suggest_or_list
 from megatron_unimm.errors import ConfigError
-from megatron_unimm.evaluate import shapes_qa, shapes_retrieval
+from megatron_unimm.evaluate import geneval_images, shapes, shapes_qa, shapes_retrieval
 from megatron_unimm.evaluate.suite import Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (shapes_qa.SUITE, shapes_retrieval.SUITE)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (shapes.SUITE, shapes_qa.SUITE, shapes_retrieval.SUITE, geneval_images.SUITE)
+}
 
 
 def suite_of(name: str, where: str) -> Suite:
-    """The suite of that name.
+    """The suite of that name; hyphens may stand for underscores.
 
     Args:
         where: the setting that names it, for the message.
@@ -17,6 +19,7 @@ def suite_of(name: str, where: str) -> Suite:
     Raises:
         ConfigError: there is none.
     """
-    if name not in SUITES:
-        raise ConfigError(where, f"no suite {name}{suggest_or_list(name, SUITES)}")
-    return SUITES[name]
+    known = name.replace("-", "_")
+    if known not in SUITES:
+        raise ConfigError(where, f"no suite {name}{suggest_or_list(known, SUITES)}")
+    return SUITES[known]

@@ -10,11 +10,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_unimm.checkpoint.folder import HF_FOLDER
-from megatron_unimm.checkpoint.manifest import find_checkpoint, read_meta
+from megatron_unimm.checkpoint.manifest import find_checkpoint, latest, read_meta
+from megatron_unimm.config.data import ImageSize
+from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, concat_patches, image_order, prompt_tokens
@@ -22,9 +23,11 @@ from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError, UserError
 from megatron_unimm.generate.checkpoint import generation_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, Stream, decode
+from megatron_unimm.generate.paint import Painter, PaintRequest
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.generate.staged import GenerativeChunk, StagedModel, decoding_mode
 from megatron_unimm.methods.registry import build_method
+from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.parallel.platform import Platform, select_platform
@@ -46,6 +49,7 @@ class Generator:
     Args:
         chunks: this rank's model chunks, unwrapped.
         draws: whether the model has learned to generate images.
+        painter: makes pictures of the visual tokens that are generated; None leaves it at these.
         origin: checkpoint, for messages.
     """
 
@@ -59,6 +63,7 @@ class Generator:
         *,
         draws: bool,
         origin: str,
+        painter: Painter | None = None,
     ) -> None:
         self.chunks = chunks
         self.stage = stage
@@ -67,6 +72,7 @@ class Generator:
         self.chat = chat
         self.draws = draws
         self.origin = origin
+        self.painter = painter
         self.staged = StagedModel(chunks, stage.model, groups, platform.device, DTYPES[stage.system.precision.dtype])
 
     @classmethod
@@ -78,6 +84,7 @@ class Generator:
         pipeline: int = 1,
         with_targets: bool = False,
         base: Path | None = None,
+        decoder: Path | None = None,
     ) -> "Generator":
         """Build a checkpoint's model on the ranks that torchrun or srun started (one without them) and fill it.
 
@@ -86,13 +93,19 @@ class Generator:
             tensor, pipeline: layout; ranks beyond ``tensor * pipeline`` are replicas.
             with_targets: load the base model's vision encoder too, for :meth:`target_features`.
             base: the base model's checkpoint; None takes the one that the training used.
+            decoder: an image decoder's checkpoint or stage; None takes the one in the run's folder, if it has one.
 
         Raises:
             CheckpointError: no checkpoint there, or a damaged or foreign one.
             ConfigError: a layout that the model cannot have.
         """
-        directory = find_checkpoint(model_dir)
+        directory = find_checkpoint(model_dir, lambda meta: not _is_decoder(meta))
         meta = read_meta(directory)
+        if _is_decoder(meta):
+            raise UserError(
+                str(directory), "is an image decoder alone; give the run's folder, or a language model and --decoder"
+            )
+        decoder_dir = _find_decoder(model_dir, decoder)
         trained = meta.get("kind") == "training"
         with_base = with_targets and (trained or base is not None)
         # Numbers below float32 are slow on a CPU and save nothing there.
@@ -107,11 +120,13 @@ class Generator:
                 build_method(stage, platform, groups).build(0, with_base), directory, base_dir, stage, platform, groups
             )
             tokenizer = ChatTokenizer(stage.data.tokenizer or directory / HF_FOLDER, stage.model)
+            painter = Painter.load(decoder_dir, groups, platform, dtype, base) if decoder_dir is not None else None
         except BaseException:
             destroy_groups()
             raise
         chat = ChatFormat(tokenizer, stage.model.vision_encoder, stage.data)
-        return cls(chunks, stage, groups, platform, chat, draws="vision_head" in meta, origin=str(directory))
+        draws = "vision_head" in meta
+        return cls(chunks, stage, groups, platform, chat, draws=draws, origin=str(directory), painter=painter)
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +140,11 @@ class Generator:
     def is_main(self) -> bool:
         """Whether this rank is the one that talks to people and writes files."""
         return dist.get_rank() == 0
+
+    @property
+    def paints(self) -> bool:
+        """Whether generated images get pixels."""
+        return self.painter is not None
 
     def agree(self, read: Callable[[], str]) -> str:
         """What ``read`` gives on the rank that talks to people, on every rank."""
@@ -169,11 +189,13 @@ class Generator:
             given={
                 place: p.visual_tokens for place, i in enumerate(order) if isinstance(p := pictures[i], GeneratedImage)
             },
+            pictures=tuple(pictures[i] for i in order),
         )
 
-    def _grid(self, like: np.ndarray | None) -> np.ndarray:
-        """Grid of an image to be generated: of the shape of the last one given (edits keep it), else a square."""
-        limits, encoder = self.chat.data.generation_size, self.chat.encoder
+    def _grid(self, like: np.ndarray | None, rule: ImageSize | None = None) -> np.ndarray:
+        """Grid of an image to be generated, or of another rule: of the shape of the last one given (edits keep it),
+        else a square."""
+        limits, encoder = rule or self.chat.data.generation_size, self.chat.encoder
         # A square larger than any limit is brought to the largest one that the rule allows.
         height, width = (LARGE, LARGE) if like is None else like.shape[:2]
         width, height = images.target_size(width, height, limits, encoder.token_pixels)
@@ -200,7 +222,67 @@ class Generator:
                     self.staged, [prompts[i] for i in places], settings, self.stage.model.backbone.max_position
                 )
                 answers |= {i: self._answer(stream) for i, stream in zip(places, streams, strict=True)}
-        return [answers[i] for i in range(len(prompts))]
+        found = [answers[i] for i in range(len(prompts))]
+        return found if self.painter is None else self._painted(prompts, found, self.painter, settings)
+
+    def reconstruct(
+        self, pictures: Sequence[np.ndarray], sampler: SamplerConfig | None = None, seed: int = 0
+    ) -> list[np.ndarray]:
+        """What the image decoder makes of the true visual tokens of pictures (uint8 (H, W, 3)), on every rank.
+
+        Raises:
+            CheckpointError: the base model, whose vision encoder makes these tokens, is not there.
+        """
+        painter = self._need_painter()
+        grids = np.stack([self._grid(picture) for picture in pictures])
+        tokens = painter.visual_tokens(pictures, grids)
+        requests = [
+            PaintRequest(tokens, grid, number) for number, (tokens, grid) in enumerate(zip(tokens, grids, strict=True))
+        ]
+        return painter.paint(requests, sampler, seed)
+
+    def vae_round_trip(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Pictures through the image decoder's VAE alone, on every rank."""
+        return self._need_painter().vae_round_trip(pictures)
+
+    def _need_painter(self) -> Painter:
+        if self.painter is None:
+            raise UserError(
+                self.origin, "has no image decoder beside it; train one (stage decoder), or give one with --decoder"
+            )
+        return self.painter
+
+    def _painted(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], painter: Painter, settings: DecodeSettings
+    ) -> list[Answer]:
+        """The answers with pictures of their images."""
+        sources = self._sources(prompts, answers, painter)
+        requests = [
+            PaintRequest(image.visual_tokens, image.grid, prompt.number, sources[place])
+            for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            for image in answer.images
+        ]
+        pixels = iter(painter.paint(requests, settings.sampler, settings.seed))
+        return [
+            replace(answer, images=tuple(replace(image, pixels=next(pixels)) for image in answer.images))
+            for answer in answers
+        ]
+
+    def _sources(
+        self, prompts: Sequence[Prompt], answers: Sequence[Answer], painter: Painter
+    ) -> list[tuple[Tensor, ...]]:
+        """Visual tokens of the images that each prompt's pictures are edits of; those that were generated as they were
+        made."""
+        if not painter.takes_sources:
+            return [()] * len(prompts)
+        wanted = [prompt.pictures if answer.images else () for prompt, answer in zip(prompts, answers, strict=True)]
+        given = [picture for pictures in wanted for picture in pictures if not isinstance(picture, GeneratedImage)]
+        rule = self.chat.data.understanding_size
+        seen = iter(painter.visual_tokens(given, np.stack([self._grid(p, rule) for p in given])) if given else ())
+        return [
+            tuple(p.visual_tokens if isinstance(p, GeneratedImage) else next(seen) for p in pictures)
+            for pictures in wanted
+        ]
 
     def target_features(self, pictures: Sequence[np.ndarray], batch_size: int = 64) -> list[Tensor]:
         """The visual tokens ``[V, H]`` of each image as the model learns to generate them, on every rank.
@@ -250,8 +332,20 @@ class Generator:
         return [chunk for chunk in self.chunks if isinstance(chunk, torch.nn.Module)]
 
 
+def _is_decoder(meta: dict[str, Any]) -> bool:
+    return "connector" in meta and "mmdit" in meta.get("architecture", {})
+
+
+def _find_decoder(model_dir: Path, decoder: Path | None) -> Path | None:
+    """The image decoder's checkpoint that was named, or that of a run."""
+    if decoder is not None:
+        return find_checkpoint(decoder, _is_decoder)
+    found = [step for stage in sorted(model_dir.glob("*/checkpoints")) if (step := latest(stage)) is not None]
+    return find_checkpoint(model_dir, _is_decoder) if any(_is_decoder(read_meta(step)) for step in found) else None
+
+
 def _fill(
-    chunk: MegatronModule,
+    chunk: StageModel,
     directory: Path,
     base_dir: Path | None,
     stage: StageConfig,
@@ -262,8 +356,8 @@ def _fill(
     chunks = [chunk.to(platform.device, DTYPES[stage.system.precision.dtype])]
     load_weights(chunks, directory, groups)
     if base_dir is not None:
-        check_architecture(base_dir, stage.model)
-        load_base(chunks, base_dir, groups)
+        check_architecture(base_dir, stage)
+        load_base(chunks, {"vision_encoder": base_dir}, groups)
     return chunks
 
 

@@ -38,6 +38,7 @@ def generation_stage(
     # Rows are never packed to this length here; it only has to divide.
     stage.data.sequence_length += -stage.data.sequence_length % tensor
     # No teacher; and where nothing trains, the model's own vision encoder is taken for the base model's.
+    assert isinstance(stage.method, OrionConfig)
     stage.method.loss_weights.kl = 0.0
     stage.train.trainable = [TrainableRule(pattern="*", train=with_base)]
     stage.train.global_batch_size = world_size

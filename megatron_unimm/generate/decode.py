@@ -42,6 +42,8 @@ class Prompt:
     given: dict[int, Tensor] = field(default_factory=dict)
     """Visual tokens ``[V, H]`` of images of the conversation that were generated before, by their place among its
     images. Their patches are not looked at."""
+    pictures: tuple["np.ndarray | GeneratedImage", ...] = ()
+    """The conversation's images in their order: what an edit goes by."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class GeneratedImage:
     """``[V, H]``."""
     grid: np.ndarray
     """int64 ``[3]``: patches along time, height, width."""
+    pixels: np.ndarray | None = None
+    """uint8 (H, W, 3), where the model has an image decoder."""
 
 
 @dataclass(frozen=True)

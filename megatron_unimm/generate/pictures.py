@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import decode
 from megatron_unimm.generate.decode import GeneratedImage
+from megatron_unimm.generate.png import picture_grid, write_png
+from megatron_unimm.generate.sampling import DecodeSettings
 
 MAX_IMAGE_PIXELS = 1 << 26
 
@@ -30,3 +32,38 @@ def write_visual_tokens(pictures: Sequence[GeneratedImage], file: Path) -> Path:
     grids = {f"grid_{number}": " ".join(map(str, picture.grid)) for number, picture in enumerate(pictures)}
     save_file(tensors, file, metadata=grids)
     return file
+
+
+def write_pictures(
+    pictures: Sequence[GeneratedImage],
+    file: Path,
+    captions: Sequence[str],
+    numbers: Sequence[int],
+    settings: DecodeSettings,
+    origin: str,
+) -> list[Path]:
+    """Write generated images with how they were made in their metadata: one to ``file``; several each to a file of its
+    own, named after it, and all to ``file`` as a grid. Returns the files.
+
+    Args:
+        captions: what each was asked for. numbers: with the seed, fixes each one's noise.
+        origin: the checkpoint.
+    """
+    files = [file] if len(pictures) == 1 else [file.with_stem(f"{file.stem}_{i:03d}") for i in range(len(pictures))]
+    shown = []
+    for path, picture, caption, number in zip(files, pictures, captions, numbers, strict=True):
+        assert picture.pixels is not None, "only a model with an image decoder is asked for pictures"
+        write_png(path, picture.pixels, _settings(caption, number, settings, origin))
+        shown.append(picture.pixels)
+    if len(pictures) == 1:
+        return files
+    write_png(file, picture_grid(shown, list(captions)), {"checkpoint": origin, "seed": settings.seed})
+    return [file, *files]
+
+
+def _settings(caption: str, number: int, settings: DecodeSettings, origin: str) -> dict[str, str | int | float]:
+    found: dict[str, str | int | float] = {"prompt": caption, "seed": settings.seed, "number": number}
+    if settings.sampler is not None:
+        sampler = settings.sampler
+        found |= {"solver": sampler.solver, "steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
+    return found | {"checkpoint": origin}

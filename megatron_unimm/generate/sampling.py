@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ class DecodeSettings:
     """Whether the answer may hold images."""
     stop_after_image: bool = False
     """End an answer with its first image."""
+    sampler: SamplerConfig | None = None
+    """How an image decoder draws; None for its recipe's."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.data.sample import TokenizedSample
 from megatron_unimm.generate.cache import SequenceCache
+from megatron_unimm.generate.stages import StageLink
 from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.deepstack import travelling_levels
 from megatron_unimm.models.rotary import mrope_angles
@@ -97,6 +98,8 @@ class StagedModel:
         self.device = device
         self.dtype = dtype
         self.hidden_size = model.backbone.hidden_size
+        self.link = StageLink(groups, device, dtype, self.hidden_size)
+        self._blocks = 1 + travelling_levels(model, groups.config)
         self.is_first = chunks[0].pre_process
         self.is_last = chunks[-1].post_process
 
@@ -116,7 +119,7 @@ class StagedModel:
         features = torch.empty(num_visual, self.hidden_size, dtype=self.dtype, device=self.device)
         if self.is_first:
             features = self.chunks[0].target_features(self._vision_input(patches, grids)).contiguous()
-        self._broadcast(features, stage=0)
+        self.link.broadcast(features, stage=0)
         return features
 
     def _vision_input(self, patches: np.ndarray, grids: np.ndarray) -> VisionInput:
@@ -143,10 +146,10 @@ class StagedModel:
                     self._tensor(step.input_ids), features_VF if index is not None else None, index
                 )
             else:
-                hidden = self._receive(len(step.input_ids))
+                hidden = self.link.receive(len(step.input_ids) * self._blocks)
             hidden = chunk.advance(hidden, context)
             if not chunk.post_process:
-                self._send(hidden)
+                self.link.send(hidden)
         if not self.is_last:
             return None
         assert hidden is not None
@@ -165,7 +168,7 @@ class StagedModel:
     def share_tokens(self, tokens: Tensor | None, count: int) -> list[int]:
         """What the last stage chose (int64 ``[count]``, None elsewhere), on every rank: a step's one host sync."""
         shared = tokens if tokens is not None else torch.empty(count, dtype=torch.int64, device=self.device)
-        self._broadcast(shared, stage=self.groups.config.pipeline - 1)
+        self.link.broadcast(shared, stage=self.groups.config.pipeline - 1)
         return shared.tolist()
 
     def share_visual(self, hidden_nH: Tensor | None, count: int) -> Tensor:
@@ -175,7 +178,7 @@ class StagedModel:
             visual = self.chunks[-1].next_visual(hidden_nH).to(self.dtype).contiguous()
         else:
             visual = torch.empty(count, self.hidden_size, dtype=self.dtype, device=self.device)
-        self._broadcast(visual, stage=self.groups.config.pipeline - 1)
+        self.link.broadcast(visual, stage=self.groups.config.pipeline - 1)
         return visual
 
     def _context(self, position_ids: np.ndarray, cache: SequenceCache) -> PackedContext:
@@ -191,26 +194,6 @@ class StagedModel:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
-
-    # -- stages --------------------------------------------------------------------------------------------------------
-
-    def _rank_of_stage(self, stage: int) -> int:
-        return dist.get_global_rank(self.groups.collection.pp, stage % self.groups.config.pipeline)
-
-    def _send(self, hidden_t1H: Tensor) -> None:
-        dist.send(
-            hidden_t1H.contiguous(), self._rank_of_stage(self.groups.pipeline_rank + 1), group=self.groups.collection.pp
-        )
-
-    def _receive(self, num_tokens: int) -> Tensor:
-        num_rows = num_tokens * (1 + travelling_levels(self.model, self.groups.config))
-        hidden = torch.empty(num_rows, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-        dist.recv(hidden, self._rank_of_stage(self.groups.pipeline_rank - 1), group=self.groups.collection.pp)
-        return hidden
-
-    def _broadcast(self, tensor: Tensor, stage: int) -> None:
-        if self.groups.config.pipeline > 1:
-            dist.broadcast(tensor, self._rank_of_stage(stage), group=self.groups.collection.pp)
 
 
 @contextmanager

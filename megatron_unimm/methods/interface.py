@@ -1,24 +1,43 @@
 """What the shared loop asks of a method."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_unimm.data.sample import PackedRow
+from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.features import FeatureStore
+from megatron_unimm.data.sources.source import Source
+from megatron_unimm.data.workers import SampleWork
+from megatron_unimm.methods.stage_model import StageModel
+
+
+@dataclass(frozen=True)
+class DataSetup:
+    """What a method makes its samples of."""
+
+    sources: Mapping[str, Source]
+    chat: Callable[[], ChatFormat]
+    """Reads the tokenizer, which not every method needs."""
+    features: FeatureStore | None = None
+    """Of images, computed beforehand."""
+    latents: FeatureStore | None = None
+    """Of pictures, computed beforehand."""
 
 
 class Method(Protocol):
     """A paper's method, set up for one stage on one rank."""
 
     terms: tuple[str, ...]
-    """Names of the loss terms, in the order in which a model's forward returns their sums."""
+    """Names of the loss terms, in the order in which a model's forward returns their sums. One with a ``/`` in its name
+    is a part of another, for monitoring."""
     weights: tuple[float, ...]
     """Weight of each term in the total."""
 
-    def build(self, virtual_stage: int, with_base: bool = True) -> MegatronModule:
+    def build(self, virtual_stage: int, with_base: bool = True) -> StageModel:
         """This rank's model chunk; its forward maps a batch to the next chunk's input or, on the last, to float32
         ``[terms]`` sums.
 
@@ -27,16 +46,37 @@ class Method(Protocol):
         """
         ...
 
-    def batch(self, row: PackedRow, model: Any, device: torch.device) -> Any:
+    def batch(self, row: Any, model: Any, device: torch.device) -> Any:
         """A packed row on the device, for one model chunk."""
         ...
 
-    def counts(self, rows: Sequence[PackedRow]) -> list[int]:
+    def counts(self, rows: Sequence[Any]) -> list[int]:
         """What each term's sum over these rows is divided by."""
         ...
 
-    def streams(self) -> int:
-        """How many sequences travel between pipeline stages side by side (a teacher's, deepstack levels)."""
+    def travelling_rows(self) -> int:
+        """How many rows of hidden states travel between pipeline stages for a micro-batch, over all ranks of a
+        stage."""
+        ...
+
+    def base_parts(self) -> dict[str, Path]:
+        """The imported checkpoint that each frozen companion comes from."""
+        ...
+
+    def work(self, data: DataSetup) -> SampleWork:
+        """What is done to samples before they are rows."""
+        ...
+
+    def row_flops(self, row: Any) -> float:
+        """Model FLOPs of a row, forward and backward, over all ranks that share it."""
+        ...
+
+    def sample_flops(self, sample: Any) -> float:
+        """What a sample costs beyond its tokens' share of a row."""
+        ...
+
+    def part_configs(self) -> dict[str, Any]:
+        """How parts that no Hugging Face class has are built, by name: what exports write beside the model."""
         ...
 
 

@@ -4,11 +4,15 @@ from collections.abc import Callable
 
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.orion.decoder.method import OrionDecoder
 from megatron_unimm.methods.orion.method import Orion
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
-METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = {"orion": Orion}
+METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = {
+    "orion": Orion,
+    "orion_decoder": OrionDecoder,
+}
 
 
 def build_method(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> Method:

@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Sequence
-from functools import partial
 from types import FrameType
 
 import torch
@@ -14,7 +13,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.loader import StepBatch, StepLoader
 from megatron_unimm.errors import UserError
 from megatron_unimm.train.callbacks.base import Callback
-from megatron_unimm.train.flops import frozen_parts, row_flops, stage_peak_tflops
+from megatron_unimm.train.flops import stage_peak_tflops
 from megatron_unimm.train.record import Record, Totals, Window
 from megatron_unimm.train.schedule import learning_rate
 from megatron_unimm.train.state import Checkpointer
@@ -81,7 +80,6 @@ class Loop:
         self.totals = Totals()
         self.rate = 0.0
         self._skipped_before = 0
-        self._row_flops = partial(row_flops, stage=stage, frozen=frozen_parts(stage))
         self._peak_tflops = stage_peak_tflops(stage, self.platform.device_name())
 
     def run(self) -> int:
@@ -91,7 +89,7 @@ class Loop:
             UserError: more steps in a row were skipped than ``train.spike.max_consecutive``.
         """
         stop = StopSignal(self.groups.host)
-        window = Window(self.platform.device, len(self.train_step.method.terms), self._row_flops)
+        window = Window(self.platform.device, len(self.train_step.method.terms), self.train_step.method.row_flops)
         for callback in self.callbacks:
             callback.on_start(self)
         stopped = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_unimm.data.loader import StepBatch
-from megatron_unimm.data.sample import PackedRow
+from megatron_unimm.data.workers import Row
 from megatron_unimm.train.step import StepResult
 
 
@@ -61,7 +61,7 @@ class Window:
 
     device: torch.device
     num_terms: int
-    row_flops: Callable[[PackedRow], float]
+    row_flops: Callable[[Row], float]
     losses: Tensor = field(init=False)
     good_steps: Tensor = field(init=False)
     skipped: Tensor = field(init=False)
@@ -99,9 +99,9 @@ class Window:
         self.steps += 1
         self.broken_images.update(bad.source for bad in batch.voided)
         for row in batch.rows:
-            self.tokens += len(row.input_ids) - row.num_padding
-            self.positions += len(row.input_ids)
-            self.images += len(row.grids)
+            self.tokens += row.num_tokens - row.num_padding
+            self.positions += row.num_tokens
+            self.images += row.num_images
             self.samples += len(row.sample_ids)
             self.flops += self.row_flops(row)
 

@@ -11,7 +11,6 @@ from megatron_unimm.config.recipe import Recipe, StageConfig
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup
 from megatron_unimm.train.callbacks.default import default_callbacks
-from megatron_unimm.train.feature_cache import open_cache
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_unimm.train.state import Checkpointer, find_start
@@ -40,8 +39,8 @@ def train_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, resume: str =
     try:
         io_group = new_io_group()
         method, chunks = setup.build_model(stage, platform, groups)
-        setup.fill(chunks, stage, start, groups)
-        loader, total_steps = setup.open_data(stage, platform, groups, open_cache(stage, groups))
+        setup.fill(chunks, stage, method, start, groups)
+        loader, total_steps = setup.open_data(stage, method, platform, groups)
         wrapped = wrap_data_parallel(chunks, stage, groups)
         optimizer = build_optimizer(wrapped, stage, groups)
         step = TrainStep(stage, method, wrapped, optimizer, platform, groups)
@@ -49,7 +48,7 @@ def train_stage(recipe: Recipe, stage: StageConfig, run_dir: Path, resume: str =
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(dump(stage))
-        checkpointer = Checkpointer(stage, run_dir, wrapped, optimizer, groups, io_group)
+        checkpointer = Checkpointer(stage, method, run_dir, wrapped, optimizer, step.average, groups, io_group)
         loop = Loop(stage, total_steps, loader, step, checkpointer, default_callbacks(stage, folder))
         if start.resume:
             loop.restore(checkpointer.restore(start.directory))

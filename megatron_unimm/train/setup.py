@@ -2,32 +2,30 @@
 
 import logging
 import os
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
-from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.loader import DataShard, StepLoader
 from megatron_unimm.data.mix import Mix
 from megatron_unimm.data.plan import BatchSize
 from megatron_unimm.data.sizes import check_size
 from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.errors import ConfigError
-from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.interface import DataSetup, Method
 from megatron_unimm.methods.registry import build_method
+from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.trainable import apply_rules, check_used
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups, initialize_groups
 from megatron_unimm.parallel.platform import Platform, select_platform
-from megatron_unimm.train.flops import frozen_parts, sample_flops
-from megatron_unimm.train.state import Start, base_directory, check_architecture, load_base, load_weights
+from megatron_unimm.train.caches import open_caches
+from megatron_unimm.train.state import Start, base_directory, check_architecture, check_base, load_base, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def enter(stage: StageConfig) -> tuple[Platform, ParallelGroups]:
     return platform, groups
 
 
-def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> tuple[Method, list[MegatronModule]]:
+def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> tuple[Method, list[StageModel]]:
     """The method and this rank's model chunks, frozen where the stage's table says so.
 
     Raises:
@@ -62,13 +60,12 @@ def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) 
     return method, chunks
 
 
-def fill(chunks: list[MegatronModule], stage: StageConfig, start: Start, groups: ParallelGroups) -> None:
+def fill(chunks: list[StageModel], stage: StageConfig, method: Method, start: Start, groups: ParallelGroups) -> None:
     """Weights of the model (unless a resume brings them) and of its frozen companions."""
-    base = base_directory(stage)
-    check_architecture(base, stage.model)
-    load_base(chunks, base, groups)
+    check_base(stage)
+    load_base(chunks, method.base_parts(), groups)
     if not start.resume:
-        check_architecture(start.directory, stage.model)
+        check_architecture(start.directory, stage)
         load_weights(chunks, start.directory, groups)
 
 
@@ -82,9 +79,7 @@ def chat_format(stage: StageConfig) -> ChatFormat:
     return ChatFormat(ChatTokenizer(folder, stage.model), stage.model.vision_encoder, stage.data)
 
 
-def open_data(
-    stage: StageConfig, platform: Platform, groups: ParallelGroups, features: FeatureStore | None = None
-) -> tuple[StepLoader, int]:
+def open_data(stage: StageConfig, method: Method, platform: Platform, groups: ParallelGroups) -> tuple[StepLoader, int]:
     """The loader of this rank and the number of optimizer steps of the stage.
 
     Raises:
@@ -118,23 +113,21 @@ def open_data(
         dp_rank=groups.data_rank,
         dp_size=groups.data_size,
         rows_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
-        alignment=2 * parallel.context if parallel.context > 1 else 1,
+        alignment=2 * parallel.context if parallel.context > 1 and stage.method.trunk == "backbone" else 1,
         need_pixels=groups.is_first_stage() or groups.is_last_stage(),
         device=platform.device.index if platform.is_gpu else None,
     )
     loader = StepLoader(
-        chat=chat_format(stage),
-        sources=sources,
+        work=method.work(DataSetup(sources, lambda: chat_format(stage), *open_caches(stage, groups))),
         mix=mix,
         size=size,
         shard=shard,
-        cost=partial(sample_flops, stage=stage, frozen=frozen_parts(stage)),
-        features=features,
+        cost=method.sample_flops,
     )
     return loader, steps
 
 
-def describe_trainable(chunks: list[MegatronModule]) -> str:
+def describe_trainable(chunks: list[StageModel]) -> str:
     """One line per module of this rank: trained and frozen parameters."""
     lines = []
     for chunk in chunks:

@@ -1,5 +1,6 @@
 """What a checkpoint holds, and where a stage starts from."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
 from megatron_unimm.checkpoint.store import PendingSave, load, save
+from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.config.base import Section
 from megatron_unimm.config.load import dump
-from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import CheckpointError
+from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.train.average import AVERAGE_PREFIX, WeightAverage
 
-NEW_PARTS = ("vision_head.*",)
+NEW_PARTS = ("vision_head.*", "connector.*")
 """Parts that a base model may lack; they keep their fresh weights."""
 
 
@@ -38,13 +43,13 @@ def sharding_metadata(groups: ParallelGroups) -> dict[str, Any]:
     }
 
 
-def model_state(chunks: list[MegatronModule], groups: ParallelGroups) -> dict[str, Any]:
+def model_state(chunks: Sequence[MegatronModule], groups: ParallelGroups) -> dict[str, Any]:
     """Sharded state of the trained model: this rank's chunks."""
     metadata = sharding_metadata(groups)
     return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
 
 
-def load_weights(chunks: list[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
+def load_weights(chunks: Sequence[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
     """Fill the model from a base model or another run's checkpoint, whatever its layout.
 
     Raises:
@@ -53,20 +58,62 @@ def load_weights(chunks: list[MegatronModule], directory: Path, groups: Parallel
     load(model_state(chunks, groups), directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*",))
 
 
-def load_base(chunks: list[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
-    """Fill the frozen companions (teacher, target tower) from the base model."""
-    metadata = sharding_metadata(groups)
-    state = {f"model{number}": chunk.base_sharded_state_dict(metadata) for number, chunk in enumerate(chunks)}
+def load_average(chunks: Sequence[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
+    """As :func:`load_weights`, with the running average of the weights where the checkpoint has one.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    with Reader(directory) as reader:
+        averaged = {key for key in reader.tensors if key.startswith(AVERAGE_PREFIX)}
+    state = model_state(chunks, groups)
+    for part in state.values():
+        for tensor in part.values():
+            if AVERAGE_PREFIX + tensor.key in averaged:
+                tensor.key = AVERAGE_PREFIX + tensor.key
     load(state, directory, may_be_unread=("*",))
 
 
-def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
-    """Compare the model that a checkpoint says it holds with the recipe's, field by field; returns the checkpoint's
-    meta.
+def load_base(chunks: Sequence[StageModel], parts: Mapping[str, Path], groups: ParallelGroups) -> None:
+    """Fill the frozen companions (teacher, target tower, VAE), each from the imported checkpoint that it is a part
+    of."""
+    metadata = sharding_metadata(groups)
+    for directory in dict.fromkeys(parts.values()):
+        names = [part for part, its in parts.items() if its == directory]
+        state = {
+            f"model{number}.{part}": chunk.base_sharded_state_dict(part, metadata)
+            for number, chunk in enumerate(chunks)
+            for part in names
+        }
+        load(state, directory, may_be_unread=("*",))
+
+
+def check_architecture(directory: Path, stage: StageConfig) -> dict[str, Any]:
+    """Compare the model that a checkpoint says it holds with the one that the stage trains, field by field; returns
+    the checkpoint's meta.
 
     Raises:
         CheckpointError: names the first field that differs, with both values.
     """
+    if stage.method.trunk == "mmdit":
+        assert stage.generator is not None
+        return _check(directory, "generator", stage.generator)
+    return _check(directory, "model", stage.model)
+
+
+def check_base(stage: StageConfig) -> None:
+    """Compare the imported models that a stage's frozen companions come from with the recipe's.
+
+    Raises:
+        CheckpointError: as :func:`check_architecture`.
+    """
+    _check(base_directory(stage), "model", stage.model)
+    if stage.method.trunk == "mmdit":
+        assert stage.generator is not None
+        _check(generator_directory(stage), "generator", stage.generator)
+
+
+def _check(directory: Path, section: str, model: Section) -> dict[str, Any]:
     meta = read_meta(directory)
     if "architecture" in meta:
         theirs = flatten(meta["architecture"])
@@ -75,8 +122,8 @@ def check_architecture(directory: Path, model: ModelConfig) -> dict[str, Any]:
             if theirs.get(field) != value:
                 raise CheckpointError(
                     str(directory),
-                    f"is of another architecture: model.{field} is {theirs.get(field)} there, {value} in the recipe; "
-                    "take the recipe of that model",
+                    f"is of another architecture: {section}.{field} is {theirs.get(field)} there, {value} in the "
+                    "recipe; take the recipe of that model",
                 )
     return meta
 
@@ -123,7 +170,7 @@ def find_start(stage: StageConfig, run_dir: Path, resume: str) -> Start:
                 f"run --stage {stage.after} first",
             )
         return Start(before, resume=False)
-    return Start(base_directory(stage), resume=False)
+    return Start(origin(stage), resume=False)
 
 
 def base_directory(stage: StageConfig) -> Path:
@@ -133,22 +180,38 @@ def base_directory(stage: StageConfig) -> Path:
     return Path(stage.base_checkpoint)
 
 
+def generator_directory(stage: StageConfig) -> Path:
+    """The imported image generator of a recipe."""
+    if not stage.generator_checkpoint:
+        raise CheckpointError("generator_checkpoint", "is not set; give the folder that `unimm convert import` wrote")
+    return Path(stage.generator_checkpoint)
+
+
+def origin(stage: StageConfig) -> Path:
+    """The imported checkpoint of what the stage trains."""
+    return generator_directory(stage) if stage.method.trunk == "mmdit" else base_directory(stage)
+
+
 class Checkpointer:
     """Saves and restores a stage's training state; at most one save is under way."""
 
     def __init__(
         self,
         stage: StageConfig,
+        method: Method,
         run_dir: Path,
         wrapped: list[DistributedDataParallel],
         optimizer: ChainedOptimizer,
+        average: WeightAverage | None,
         groups: ParallelGroups,
         io_group: dist.ProcessGroup | None,
     ) -> None:
         self.stage = stage
+        self.method = method
         self.folder = checkpoint_folder(run_dir, stage.name)
         self.wrapped = wrapped
         self.optimizer = optimizer
+        self.average = average
         self.groups = groups
         self.io_group = io_group
         self._pending: PendingSave | None = None
@@ -161,15 +224,18 @@ class Checkpointer:
         """
         self.wait()
         directory = step_directory(self.folder, step)
-        base_meta = read_meta(base_directory(self.stage))
+        came_from = origin(self.stage)
+        trained = self.stage.generator if self.stage.method.trunk == "mmdit" else self.stage.model
+        assert trained is not None
         meta = {
             "kind": "training",
-            "family": base_meta["family"],
-            "architecture": self.stage.model.model_dump(mode="json"),
-            "vision_head": self.stage.method.vision_head.model_dump(mode="json"),
+            "family": read_meta(came_from)["family"],
+            "architecture": trained.model_dump(mode="json"),
+            **self.method.part_configs(),
             "stage": self.stage.name,
             "step": step,
             "progress": progress,
+            "average_steps": None if self.average is None else float(self.average.steps),
             "config": dump(self.stage),
         }
         self._pending = save(
@@ -179,7 +245,7 @@ class Checkpointer:
             asynchronous=asynchronous,
             group=self.io_group,
             replicas=self.groups.collection.dp_cp,
-            hf_files=base_directory(self.stage) / HF_FOLDER,
+            hf_files=came_from / HF_FOLDER,
         )
         return directory
 
@@ -191,20 +257,27 @@ class Checkpointer:
 
     def restore(self, directory: Path) -> dict[str, Any]:
         """Fill model and optimizer; returns the checkpoint's meta."""
-        meta = check_architecture(directory, self.stage.model)
+        meta = check_architecture(directory, self.stage)
         if meta.get("kind") != "training":
             raise CheckpointError(
                 str(directory), "is a base model without optimizer state; start from it with --resume never"
             )
-        state = load(self._state(is_loading=True), directory)
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None and meta.get("average_steps") is None:
+            raise CheckpointError(str(directory), "has no average of the weights; set train.ema_decay to null")
+        unread = (f"{AVERAGE_PREFIX}*",) if self.average is None else ()
+        state = load(self._state(is_loading=True), directory, may_be_unread=unread)
+        if self.average is not None:
+            self.average.load(state["optimizer"], state["average"], meta["average_steps"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         for wrapped in self.wrapped:
             wrapped.module.eval().train()
         return meta
 
     def _state(self, is_loading: bool) -> dict[str, Any]:
         state = model_state([wrapped.module for wrapped in self.wrapped], self.groups)
-        state["optimizer"] = self.optimizer.sharded_state_dict(
-            dict(state), is_loading=is_loading, metadata=sharding_metadata(self.groups)
-        )
+        model, metadata = dict(state), sharding_metadata(self.groups)
+        state["optimizer"] = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        if self.average is not None:
+            state["average"] = self.average.sharded_state_dict(model, is_loading, metadata)
         return state

@@ -21,11 +21,11 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.data.sample import PackedRow
 from megatron_unimm.methods.interface import Method
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train.adam import FusedAdamW
+from megatron_unimm.train.average import WeightAverage
 from megatron_unimm.train.optimizer import GradientMeter, set_learning_rate
 from megatron_unimm.train.spike import SpikeGuard
 
@@ -66,6 +66,8 @@ class TrainStep:
         self.guard = SpikeGuard(stage.train.spike, platform.device)
         self.worst = torch.zeros(len(self.meter.tensor_names), device=platform.device)
         """Norm per tensor of the last skipped step, to name the worst."""
+        decay = stage.train.ema_decay
+        self.average = WeightAverage(optimizer, decay) if decay is not None else None
         self._weights = torch.tensor(method.weights, device=platform.device)
         self._schedule = get_forward_backward_func(stage.system.parallel.pipeline, _virtual(stage))
         config = chunks[0].module.config
@@ -76,7 +78,7 @@ class TrainStep:
             if stage.system.overlap.grad_reduce:
                 config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
-    def forward_backward(self, rows: Sequence[PackedRow], forward_only: bool = False) -> Tensor:
+    def forward_backward(self, rows: Sequence[Any], forward_only: bool = False) -> Tensor:
         """Forward, backward and gradient reduction of this rank's rows of the global batch.
 
         Returns:
@@ -93,7 +95,7 @@ class TrainStep:
             data_iterator=self._iterators(rows),
             model=self.chunks,
             num_microbatches=len(rows),
-            seq_length=self.stage.data.sequence_length * self.method.streams(),
+            seq_length=self.method.travelling_rows(),
             micro_batch_size=1,
             forward_only=forward_only,
             p2p_communicator=self._neighbours,
@@ -105,7 +107,7 @@ class TrainStep:
         dist.all_reduce(sums, group=self.groups.collection.pp)  # zeros but on the last stage
         return sums / counts.clamp(min=1)
 
-    def run(self, rows: Sequence[PackedRow], learning_rate: float) -> StepResult:
+    def run(self, rows: Sequence[Any], learning_rate: float) -> StepResult:
         """One optimizer step."""
         losses = self.forward_backward(rows)
         self.optimizer.prepare_grads()
@@ -114,6 +116,8 @@ class TrainStep:
         self.worst = torch.where(skip.bool(), norms.per_tensor, self.worst)
         set_learning_rate(self.optimizer, learning_rate, self.stage.train.optimizer.weight_decay)
         self._update((norms.total / self.stage.train.optimizer.clip_norm).clamp(min=1.0), skip)
+        if self.average is not None:
+            self.average.update(skip)
         return StepResult(losses, norms.total, norms.per_module, skip)
 
     def _update(self, divisor: Tensor, skip: Tensor) -> None:
@@ -131,7 +135,7 @@ class TrainStep:
                 torch._foreach_div_(gradients, divisor)
         self.optimizer.step_with_ready_grads()
 
-    def _iterators(self, rows: Sequence[PackedRow]) -> list[Iterator[Any]]:
+    def _iterators(self, rows: Sequence[Any]) -> list[Iterator[Any]]:
         device = self.platform.device
         return [iter([self.method.batch(row, chunk.module, device) for row in rows]) for chunk in self.chunks]
 

@@ -85,7 +85,7 @@ def test_no_arguments_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "nowhere/x.yaml"], "error: nowhere/x.yaml: no such recipe"),
         (
             ["train", "configs/orion/shapes.yaml"],
-            "error: stage: recipe orion_shapes has 3 stages, choose one with --stage",
+            "error: stage: recipe orion_shapes has 4 stages, choose one with --stage",
         ),
         (
             ["train", "configs/orion/shapes.yaml", "--stage", "stf"],

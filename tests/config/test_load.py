@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_unimm.config.load import dump, load_recipe, load_stage, select_stage
+from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import ConfigError
 
 MODEL = """
@@ -217,7 +218,10 @@ def test_override_of_a_source_skips_stages_without_it(recipe: Path) -> None:
         ("train.trainable=5", "train.trainable: wanted a list, got 5 on the command line"),
         ("name=7", "name: wanted a string, got 7 on the command line"),
         ("system.platform=gpu", "system.platform: wanted one of auto, cuda, cpu, got gpu on the command line"),
-        ("method.name=oryon", "method.name: wanted one of orion, got oryon on the command line, did you mean orion?"),
+        (
+            "method.name=oryon",
+            "method.name: wanted one of orion, orion_decoder, got oryon on the command line, did you mean orion?",
+        ),
         ("steps", "steps: not of the form key.name=value, e.g. train.steps=5"),
         ("train..steps=5", "train..steps=5: not of the form key.name=value, e.g. train.steps=5"),
         ("stages.sft=5", "stages.sft: name the stage and a key in it, e.g. stages.sft.train.steps=5"),
@@ -345,7 +349,7 @@ def test_dump_of_a_stage(recipe: Path) -> None:
 def test_dump_names_every_field_in_schema_order(recipe: Path) -> None:
     lines = dump(load_recipe(recipe).stages["sft"]).splitlines()
     top = [line.partition(":")[0] for line in lines if line[0] not in " -"]
-    assert top == ["name", "model", "method", "data", "train", "system", "after", "base_checkpoint"]
+    assert top == list(StageConfig.model_fields)
     assert "  cpu_threads: 0" in lines
 
 

@@ -111,7 +111,7 @@ def run_forward(stage: StageConfig, groups: ParallelGroups, method: Any, chunks:
             data_iterator=[iter(range(8)) for _ in chunks],
             model=chunks,
             num_microbatches=1 if virtual == 1 else stage.system.parallel.pipeline,
-            seq_length=stage.data.sequence_length * method.streams(),
+            seq_length=method.travelling_rows(),
             micro_batch_size=1,
             forward_only=True,
             p2p_communicator=P2PCommunicator(groups.collection.pp, chunks[0].config) if pipelined else None,

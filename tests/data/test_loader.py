@@ -19,6 +19,7 @@ from megatron_unimm.data.mix import Mix
 from megatron_unimm.data.plan import BatchSize
 from megatron_unimm.data.sample import IGNORED_LABEL
 from megatron_unimm.data.sources.opening import open_sources
+from megatron_unimm.data.workers import ConversationWork
 from megatron_unimm.errors import ConfigError, DataError
 
 BATCH = 12
@@ -65,8 +66,7 @@ def make_loader(world, make_chat):
         sources = open_sources(world)
         loaders.append(
             StepLoader(
-                chat=make_chat(**settings),
-                sources=sources,
+                work=ConversationWork(make_chat(**settings), sources, alignment=(shard or DataShard()).alignment),
                 mix=Mix(sources, {name: world[name].weight for name in sources}, seed=5),
                 size=batch if isinstance(batch, BatchSize) else BatchSize(samples=batch),
                 shard=shard or DataShard(),

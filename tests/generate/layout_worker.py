@@ -32,8 +32,8 @@ def live(folder: Path, overrides: list[str]) -> Generator:
     """The checkpoint in a model that is set up to train, in training mode."""
     stage = stage_config(folder / "base", *overrides)
     platform, groups = setup.enter(stage)
-    _, chunks = setup.build_model(stage, platform, groups)
-    setup.fill(chunks, stage, Start(find_checkpoint(folder / "run"), resume=False), groups)
+    method, chunks = setup.build_model(stage, platform, groups)
+    setup.fill(chunks, stage, method, Start(find_checkpoint(folder / "run"), resume=False), groups)
     for chunk in chunks:
         chunk.train()
     return Generator(chunks, stage, groups, platform, setup.chat_format(stage), draws=True, origin="live")

@@ -97,7 +97,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {model: root / model for model in MODELS}
 
     def task(name: str, model: str, *overrides: str) -> dict:
-        return {"folder": str(made[model]), "name": name, "overrides": [*data, *MODELS[model], *overrides]}
+        return {
+            "folder": str(made[model]),
+            "stage": "sft",
+            "name": name,
+            "overrides": [*data, *MODELS[model], *overrides],
+        }
 
     for folder in made.values():
         folder.mkdir()

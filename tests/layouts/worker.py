@@ -1,9 +1,10 @@
-"""Runs ORION's SFT stage for three steps at one layout and writes down everything that must not depend on it.
-Started by torchrun.
+"""Runs ORION's SFT stage, or its image decoder's, for three steps at one layout and writes down what must not depend on
+it. Started by torchrun.
 
-usage: worker.py '[{"folder": …, "name": …, "overrides": […]}, …]'
+usage: worker.py '[{"folder": …, "stage": …, "name": …, "overrides": […]}, …]'
 
-A task named init writes FOLDER/base and FOLDER/start, two random checkpoints, from one rank. Any other name writes
+A task named init writes random checkpoints from one rank: for sft FOLDER/base and FOLDER/start, for the decoder
+FOLDER/start, which is its image generator (FOLDER/base comes from the other). Any other name writes
 FOLDER/NAME.json (losses, gradient norms) and FOLDER/NAME (gradients of the first step). One start serves many
 layouts, since importing takes longer than training.
 """
@@ -33,8 +34,8 @@ REPO = Path(__file__).resolve().parents[2]
 NUM_STEPS = 3
 
 
-def stage_config(folder: Path, overrides: list[str]) -> StageConfig:
-    """The Shapes recipe's SFT stage with a smaller, four-layer model."""
+def stage_config(folder: Path, name: str, overrides: list[str]) -> StageConfig:
+    """A stage of the Shapes recipe with a smaller, four-layer model."""
     small = [
         "model.vision_encoder.num_layers=2",
         "model.vision_encoder.hidden_size=32",
@@ -51,34 +52,46 @@ def stage_config(folder: Path, overrides: list[str]) -> StageConfig:
         f"data.tokenizer={REPO}/tools/base_models/shapes_vlm",
         "train.global_batch_size=12",
         f"base_checkpoint={folder}/base",
+        f"generator_checkpoint={folder}/start",
+        "generator.mmdit.num_layers=4",
+        "generator.mmdit.num_heads=4",
+        "generator.mmdit.head_size=8",
+        "generator.mmdit.condition_size=24",
+        "generator.mmdit.pooled_size=12",
+        "generator.mmdit.latent_channels=4",
+        "generator.vae={latent_channels: 4, block_channels: [8, 8, 8, 8], norm_groups: 4}",
+        "train.ema_decay=0.9",
         "system.precision.dtype=float32",
         "system.parallel.tensor=1",
         "system.parallel.sequence=false",
         "system.cpu_threads=1",
     ]
-    return load_recipe(REPO / "configs/orion/shapes.yaml", small + overrides).stages["sft"]
+    return load_recipe(REPO / "configs/orion/shapes.yaml", small + overrides).stages[name]
 
 
-def init(folder: Path, overrides: list[str]) -> None:
+def init(folder: Path, name: str, overrides: list[str]) -> None:
     """Two random models, so that student and teacher differ; biases and norms too, so that none is invisible."""
-    stage = stage_config(folder, overrides)
+    stage = stage_config(folder, name, overrides)
     platform, groups = setup.enter(stage)
     _, chunks = setup.build_model(stage, platform, groups)
-    meta = {"kind": "base_model", "family": "qwen2_5_vl", "architecture": stage.model.model_dump(mode="json")}
-    for seed, name in enumerate(("base", "start")):
+    decodes = stage.method.trunk == "mmdit"
+    trained = stage.generator if decodes else stage.model
+    family = "sd3" if decodes else "qwen2_5_vl"
+    meta = {"kind": "base_model", "family": family, "architecture": trained.model_dump(mode="json")}
+    for seed, name in enumerate(("start",) if decodes else ("base", "start")):
         generator = torch.Generator().manual_seed(seed)
         for parameter in chunks[0].parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         save(model_state(chunks, groups), folder / name, meta)
 
 
-def run(folder: Path, name: str, overrides: list[str]) -> None:
+def run(folder: Path, stage_name: str, name: str, overrides: list[str]) -> None:
     """Three optimizer steps from FOLDER/start."""
-    stage = stage_config(folder, overrides)
+    stage = stage_config(folder, stage_name, overrides)
     platform, groups = setup.enter(stage)
     method, chunks = setup.build_model(stage, platform, groups)
-    setup.fill(chunks, stage, Start(folder / "start", resume=False), groups)
-    loader, total_steps = setup.open_data(stage, platform, groups)
+    setup.fill(chunks, stage, method, Start(folder / "start", resume=False), groups)
+    loader, total_steps = setup.open_data(stage, method, platform, groups)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     step = TrainStep(stage, method, wrapped, build_optimizer(wrapped, stage, groups), platform, groups)
     steps = []
@@ -120,7 +133,11 @@ def gradient_state(wrapped: list[DistributedDataParallel], groups: ParallelGroup
     state = model_state([chunk.module for chunk in wrapped], groups)
     for number, chunk in enumerate(wrapped):
         parameters = dict(chunk.module.named_parameters())
-        for key, value in state[f"model{number}"].items():
+        found = state[f"model{number}"]
+        # Buffers and what is frozen have none.
+        for key in [key for key in found if key not in parameters or not parameters[key].requires_grad]:
+            del found[key]
+        for key, value in found.items():
             value.data = parameters[key].main_grad
     return state
 
@@ -129,8 +146,8 @@ def main() -> None:
     plan = json.loads(sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1])
     for task in plan:
         torch.manual_seed(0)
-        folder, name, overrides = Path(task["folder"]), task["name"], task["overrides"]
-        init(folder, overrides) if name == "init" else run(folder, name, overrides)
+        folder, stage, name, overrides = Path(task["folder"]), task["stage"], task["name"], task["overrides"]
+        init(folder, stage, overrides) if name == "init" else run(folder, stage, name, overrides)
         parallel_state.destroy_model_parallel()
     destroy_groups()
 

@@ -12,9 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_unimm.config.load import load_recipe
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
+from megatron_unimm.methods.orion import flops as orion_flops
+from megatron_unimm.methods.orion.flops import frozen_parts, row_flops
+from megatron_unimm.models import flops
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
-from megatron_unimm.train import flops, setup
+from megatron_unimm.train import setup
+from megatron_unimm.train.flops import peak_tflops, stage_peak_tflops
 
 ALL = "[{pattern: '*'}]"
 HEAD = "[{pattern: 'vision_head.*'}, {pattern: '*', train: false}]"
@@ -54,8 +58,8 @@ def test_equals_torch_counter(case: str, repo: Path, world: tuple[Platform, Para
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch).sum().backward()
 
-    monkeypatch.setattr(flops, "causal_pairs", lambda bounds: float((np.diff(bounds) ** 2).sum()))
-    expected = flops.row_flops(row, stage, flops.frozen_parts(stage))
+    monkeypatch.setattr(orion_flops, "causal_pairs", lambda bounds: float((np.diff(bounds) ** 2).sum()))
+    expected = row_flops(row, stage, frozen_parts(stage))
     if case == "head alone":
         hidden = stage.model.backbone.hidden_size
         expected += 2 * len(row.predict_index) * hidden * hidden * stage.method.vision_head.expansion
@@ -76,7 +80,7 @@ def test_known_answer_of_a_7b_row(repo: Path) -> None:
     row = replace(without_images(make_row(small_stage(repo))), **text, segment_bounds=(0, length))
     weights = 28 * (3584 * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944) + 3584 * 152064
     attention = 12 * 28 * 28 * 128 * length * (length + 1) / 2
-    assert flops.row_flops(row, stage, frozenset()) == 6 * weights * length + attention
+    assert row_flops(row, stage, frozenset()) == 6 * weights * length + attention
 
 
 def test_row_without_images_costs_no_teacher_and_no_tower(repo: Path) -> None:
@@ -86,7 +90,7 @@ def test_row_without_images_costs_no_teacher_and_no_tower(repo: Path) -> None:
     num_labels = int((row.labels != IGNORED_LABEL).sum())
     decoder = flops.decoder_work(backbone, 128, flops.causal_pairs(row.segment_bounds))
     expected = (decoder + flops.logits_work(backbone, num_labels)).cost(trains=True, passes_gradient=True)
-    assert flops.row_flops(row, stage, frozenset()) == expected
+    assert row_flops(row, stage, frozenset()) == expected
 
 
 @pytest.mark.parametrize(
@@ -105,12 +109,12 @@ def test_row_without_images_costs_no_teacher_and_no_tower(repo: Path) -> None:
     ],
 )
 def test_peak_by_name(name: str, fp8: bool, peak: float | None) -> None:
-    assert flops.peak_tflops(name, fp8) == peak
+    assert peak_tflops(name, fp8) == peak
 
 
 def test_stage_peak(repo: Path) -> None:
     """What the config says wins; fp32 has no peak in the table."""
-    assert flops.stage_peak_tflops(small_stage(repo, "train.logging.peak_tflops=7"), "NVIDIA H100 80GB HBM3") == 7
-    assert flops.stage_peak_tflops(small_stage(repo), "NVIDIA H100 80GB HBM3") is None
+    assert stage_peak_tflops(small_stage(repo, "train.logging.peak_tflops=7"), "NVIDIA H100 80GB HBM3") == 7
+    assert stage_peak_tflops(small_stage(repo), "NVIDIA H100 80GB HBM3") is None
     bf16 = small_stage(repo, "system.precision.dtype=bfloat16")
-    assert flops.stage_peak_tflops(bf16, "NVIDIA H100 80GB HBM3") == 989.4
+    assert stage_peak_tflops(bf16, "NVIDIA H100 80GB HBM3") == 989.4

@@ -226,7 +226,8 @@ def test_terms_equal_transformers(transformers_pair: Path, repo: Path, world: Wo
     step = train_step(stage, world)
     chunk = step.chunks[0].module
     load_weights([chunk], transformers_pair / "student_imported", step.groups)
-    load_base([chunk], transformers_pair / "teacher_imported", step.groups)
+    teacher = transformers_pair / "teacher_imported"
+    load_base([chunk], {"backbone": teacher, "vision_encoder": teacher}, step.groups)
     samples = samples_of(stage)
     reference = Reference(transformers_pair)
     with torch.no_grad():

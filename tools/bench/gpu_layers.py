@@ -13,7 +13,7 @@ of one number.
 
 Speed. Decoder layers of Qwen2.5-VL-7B (hidden 3584, 28 heads, 4 key-value heads, MLP 18944), text packed to 8192
 tokens, a small vocabulary, so that layers are nearly all of the work. A step is forward, backward, gradient reduction,
-clipping and AdamW; TFLOP/s and MFU are model FLOPs (megatron_unimm/train/flops.py) over the time of forward and
+clipping and AdamW; TFLOP/s and MFU are model FLOPs (megatron_unimm/models/flops.py) over the time of forward and
 backward.
 
 Every variant runs in a process of its own: its memory is its own, and a kernel that fails costs one row.
@@ -49,7 +49,8 @@ from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample
 from megatron_unimm.methods.orion.model import OrionModel
 from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.parallel.platform import Platform
-from megatron_unimm.train import flops, setup
+from megatron_unimm.train import setup
+from megatron_unimm.train.flops import peak_tflops
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_unimm.train.state import sharding_metadata
 from megatron_unimm.train.step import TrainStep
@@ -312,8 +313,8 @@ def measure_speed(stage: StageConfig, variant: Variant, platform: Platform, grou
     row = text_row(stage)
     passes = time_calls(lambda: step.forward_backward([row]), platform)
     steps = time_calls(lambda: step.run([row], 1e-5), platform)
-    tflops = flops.row_flops(row, stage, flops.frozen_parts(stage)) / passes / 1e12
-    peak = flops.peak_tflops(platform.device_name(), fp8=variant.recipe is not None)
+    tflops = method.row_flops(row) / passes / 1e12
+    peak = peak_tflops(platform.device_name(), fp8=variant.recipe is not None)
     return {
         "forward_backward_ms": 1e3 * passes,
         "step_ms": 1e3 * steps,

@@ -17,7 +17,7 @@ from megatron_unimm.config.load import load_recipe
 from megatron_unimm.data.length_mix import length_mix
 from megatron_unimm.data.packing import deal_rows, fill_rows, plan_rows
 from megatron_unimm.data.plan import OVERFILL
-from megatron_unimm.train.flops import causal_pairs, decoder_work
+from megatron_unimm.models.flops import causal_pairs, decoder_work
 
 RECIPE = "configs/orion/qwen2_5_vl_7b.yaml"
 

@@ -1,12 +1,18 @@
 """ORION as the shared loop sees it."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_unimm.config.methods import OrionConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
+from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample
+from megatron_unimm.data.workers import ConversationWork
+from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.orion.batch import OrionBatch, build_batch
+from megatron_unimm.methods.orion.flops import frozen_parts, row_flops, sample_flops
 from megatron_unimm.methods.orion.losses import TERMS
 from megatron_unimm.methods.orion.model import FrozenParts, OrionModel
 from megatron_unimm.models.backbone.deepstack import travelling_levels
@@ -23,15 +29,18 @@ class Orion:
     weights: tuple[float, ...]
 
     def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
+        assert isinstance(stage.method, OrionConfig)
         self.stage = stage
+        self.config = stage.method
         self.platform = platform
         self.groups = groups
-        weights = stage.method.loss_weights
+        weights = self.config.loss_weights
         self.weights = (weights.cross_entropy, weights.mse, weights.kl)
         rules = stage.train.trainable
         self.frozen = FrozenParts(
             vision_encoder=is_frozen("vision_encoder", rules), backbone=is_frozen("backbone", rules)
         )
+        self._frozen_parts = frozen_parts(stage)
 
     def build(self, virtual_stage: int, with_base: bool = True) -> OrionModel:
         return OrionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage, with_base)
@@ -45,6 +54,28 @@ class Orion:
         vision = sum(len(row.predict_index) for row in rows)
         return [text, vision, vision]
 
-    def streams(self) -> int:
-        models = 2 if self.stage.method.loss_weights.kl > 0 else 1
-        return models * (1 + travelling_levels(self.stage.model, self.stage.system.parallel))
+    def travelling_rows(self) -> int:
+        """The student's row, the teacher's beside it, and deepstack levels under both."""
+        models = 2 if self.config.loss_weights.kl > 0 else 1
+        streams = models * (1 + travelling_levels(self.stage.model, self.stage.system.parallel))
+        return self.stage.data.sequence_length * streams
+
+    def base_parts(self) -> dict[str, Path]:
+        """Teacher and target tower are the base model's."""
+        base = Path(self.stage.base_checkpoint)
+        return {"backbone": base, "vision_encoder": base}
+
+    def work(self, data: DataSetup) -> ConversationWork:
+        """Conversations as tokens."""
+        alignment = 2 * self.stage.system.parallel.context if self.stage.system.parallel.context > 1 else 1
+        return ConversationWork(data.chat(), data.sources, data.features, alignment)
+
+    def row_flops(self, row: PackedRow) -> float:
+        return row_flops(row, self.stage, self._frozen_parts)
+
+    def sample_flops(self, sample: TokenizedSample) -> float:
+        return sample_flops(sample, self.stage, self._frozen_parts)
+
+    def part_configs(self) -> dict[str, Any]:
+        """How the head is built, for exports."""
+        return {"vision_head": self.config.vision_head.model_dump(mode="json")}

@@ -7,16 +7,15 @@ Features of V visual tokens are ``[V, (1 + K) H]``: what the token is, then its 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_unimm.config.methods import OrionConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.orion import losses
 from megatron_unimm.methods.orion.batch import OrionBatch, Role, Sight
+from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.decoder import Backbone, merge_visual_tokens
 from megatron_unimm.models.backbone.deepstack import Deepstack, place_levels, travelling_levels
@@ -41,7 +40,7 @@ class FrozenParts:
     backbone: bool
 
 
-class OrionModel(MegatronModule):
+class OrionModel(StageModel):
     """One pipeline stage of ORION.
 
     Parts:
@@ -62,15 +61,11 @@ class OrionModel(MegatronModule):
         with_base: bool = True,
     ) -> None:
         config = backbone_transformer_config(stage.model.backbone, stage.system, platform)
-        super().__init__(config)
-        self.model_type = ModelType.encoder_or_decoder  # read by Megatron-Core's schedule
+        super().__init__(config, groups, virtual_stage)
         self.frozen = frozen
-        self.pre_process = groups.is_first_stage(virtual_stage)
-        self.post_process = groups.is_last_stage(virtual_stage)
-        self.vp_stage = virtual_stage if groups.config.virtual_pipeline > 1 else None
         self.share_embeddings_and_output_weights = stage.model.backbone.tie_embeddings
+        assert isinstance(stage.method, OrionConfig)
         self.weights = stage.method.loss_weights
-        self.groups = groups
         self.text_observer: Callable[[Tensor], None] | None = None  # see methods/interface.py
         backend = layers_backend(stage.system.layers, platform, stage.system.precision.fp8 is not None)
         vision_config = vision_transformer_config(stage.model.vision_encoder, stage.system, platform)
@@ -100,14 +95,13 @@ class OrionModel(MegatronModule):
             # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
             torch.manual_seed(stage.train.seed)
             self.vision_head = build_vision_head(stage.method.vision_head, whole_sequence(config), groups.collection)
-        self.base = torch.nn.Module()
         self.has_teacher = with_base and self.weights.kl > 0
         if self.has_teacher:
             self.base.backbone = decoder()
         makes_targets = self.post_process and not self.pre_process and not stage.data.feature_cache
         if with_base and ((self.pre_process and not frozen.vision_encoder) or makes_targets):
             self.base.vision_encoder = tower()
-        self.base.requires_grad_(False).eval()
+        self.freeze_base()
 
     def role(self) -> Role:
         """What a micro-batch must hold for this stage."""
@@ -118,34 +112,6 @@ class OrionModel(MegatronModule):
             last_stage=self.post_process,
             vision_encoder_trains=not self.frozen.vision_encoder,
         )
-
-    def train(self, mode: bool = True) -> "OrionModel":
-        super().train(mode)
-        self.base.eval()
-        return self
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """What a checkpoint keeps: everything but the frozen base (which comes from its own checkpoint) and FP8
-        history (rebuilt in a few steps)."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {
-            key: value
-            for key, value in state.items()
-            if not key.startswith(f"{prefix}base.") and not key.endswith("_extra_state")
-        }
-
-    def base_sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """The frozen base under the names that the base model's checkpoint has."""
-        state: dict[str, Any] = {}
-        for name, part in self.base.named_children():
-            state |= part.sharded_state_dict(prefix=f"{name}.", metadata=metadata)
-        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
-
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Megatron-Core's schedule hands over the previous stage's output here."""
-        self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """For the gradient sum between a tied embedding and output layer on different stages."""

@@ -73,7 +73,7 @@ class Console(Callback):
 
 def summary(record: Record) -> str:
     """Losses, gradient norm, learning rate and speed on one line."""
-    parts = [f"{SHORT.get(name, name)} {value:.3g}" for name, value in record.losses.items()]
+    parts = [f"{SHORT.get(name, name)} {value:.3g}" for name, value in record.losses.items() if "/" not in name]
     parts += [f"|g| {record.gradient_norm:.3g}", f"lr {max(record.learning_rates.values(), default=0.0):.2g}"]
     parts.append(f"{compact(record.tokens_per_second)} tok/s")
     if record.mfu is not None:

@@ -14,6 +14,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.loader import StepBatch
 from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.callbacks.markdown import code_block
+from megatron_unimm.train.callbacks.picture_samples import PictureSamples
 from megatron_unimm.train.callbacks.text_samples import TextSamples
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.record import Record
@@ -34,11 +35,14 @@ class TensorBoard(Callback):
         self.stage = stage
         self.folder = folder
         self._writer: SummaryWriter | None = None
-        self._samples = TextSamples(stage.train.logging.text_every_steps)
+        shows_text = stage.method.trunk == "backbone"
+        self._samples = TextSamples(stage.train.logging.text_every_steps) if shows_text else None
+        self._pictures = PictureSamples(stage)
         self._requested = requested_shares(stage)
 
     def on_start(self, loop: Loop) -> None:
-        self._samples.start(loop)
+        if self._samples is not None:
+            self._samples.start(loop)
         if dist.get_rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -53,9 +57,13 @@ class TensorBoard(Callback):
         self._writer.flush()
 
     def on_step(self, loop: Loop, batch: StepBatch) -> None:
-        text = self._samples.after_step(loop, batch)
+        text = self._samples.after_step(loop, batch) if self._samples is not None else None
         if self._writer is not None and text is not None:
             self._writer.add_text("samples", text, loop.step)
+        if self._pictures.is_due(loop):
+            grid = self._pictures.draw(loop)
+            if self._writer is not None:
+                self._writer.add_image("pictures", grid, loop.step, dataformats="HWC")
 
     def on_record(self, loop: Loop, record: Record) -> None:
         if self._writer is None:

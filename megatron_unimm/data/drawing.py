@@ -1,0 +1,332 @@
+"""Pictures to be drawn, with the images that say what to draw: what an image generator learns from.
+
+Every sample that has an image of the assistant gives one picture, its last. The picture is read twice: at the size that
+the vision encoder gives its visual tokens at (``data.generation_size``), which are the condition, and at the size that
+is drawn (``data.drawing_size``). Images of the user before it (an edit's source) may join the condition.
+
+    row of two samples     text stream  [ A A A A | B B B B b b | . . ]     A, B: visual tokens of the pictures,
+                           image stream [ A A A A A A | B B B B B B | . ]   b: of B's source, . padding
+
+Everything random about a sample, its timestep, its noise, and whether its condition is left out, comes from the seed
+and the draw alone (source, place, pass over the source), so that it is the same whichever rank reads it.
+
+Legend  V condition tokens, U image tokens (patches of latents), P patches of the vision encoder, N condition images.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_unimm.config.data import DataConfig, SampleKind
+from megatron_unimm.config.mmdit import ImageGeneratorConfig
+from megatron_unimm.config.model import VisionEncoderConfig
+from megatron_unimm.data import images
+from megatron_unimm.data.decode.interface import Decoder, ImageRequest
+from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.features import STORED, FeatureStore, image_key
+from megatron_unimm.data.images import SiglipFormat
+from megatron_unimm.data.mix import Draw
+from megatron_unimm.data.packing import round_up
+from megatron_unimm.data.plan import BadSample, Laid
+from megatron_unimm.data.sample import Sample
+from megatron_unimm.data.sources.source import Source
+from megatron_unimm.data.workers import laid_out
+from megatron_unimm.errors import DataError
+
+
+@dataclass(frozen=True)
+class DrawingSample:
+    """One picture."""
+
+    id: str
+    kind: SampleKind
+    image_index: tuple[int, ...]
+    """Of the sample's images: the picture, then its sources."""
+    grids: np.ndarray
+    """int64 [N, 3]: patches along time, height, width of the same images as the vision encoder reads them."""
+    picture: np.ndarray
+    """int64 [2]: rows and columns of patches of latents."""
+    num_condition: int
+    """V."""
+    uniform: float
+    """In (0, 1): becomes the timestep by the stage's distribution."""
+    unconditional: bool
+    """The condition is left out."""
+    noise_seed: int
+    learned: bool = True
+    """False where an image is broken."""
+    patches: np.ndarray | None = None
+    """float32 [P, patch_dim] of the condition images."""
+    features: np.ndarray | None = None
+    """[V, F] of them, computed beforehand, in place of patches."""
+    pixels: np.ndarray | None = None
+    """float32 [U, 3 · side²] in [-1, 1]: the pixels of each image token (channel, row, column)."""
+    latents: np.ndarray | None = None
+    """[U, latent patch] of the picture, computed beforehand, in place of pixels."""
+
+    @property
+    def num_picture(self) -> int:
+        """U."""
+        return int(self.picture.prod())
+
+    def __len__(self) -> int:
+        return self.num_condition + self.num_picture
+
+
+@dataclass(frozen=True)
+class DrawingRow:
+    """Pictures in a row of fixed length, one micro-batch. Arrays of the samples are concatenated in their order."""
+
+    num_text: int
+    """Tokens of the text stream, padding included."""
+    num_tokens: int
+    """Of both streams."""
+    num_condition: np.ndarray
+    """int64 [n]: V of each sample."""
+    pictures: np.ndarray
+    """int64 [n, 2]: rows and columns of patches of latents."""
+    uniform: np.ndarray
+    """float64 [n]."""
+    unconditional: np.ndarray
+    """bool [n]."""
+    learned: np.ndarray
+    """bool [n]."""
+    grids: np.ndarray
+    """int64 [N, 3]."""
+    is_source: np.ndarray
+    """bool [N]."""
+    noise: np.ndarray
+    """float32 [U, latent patch]; empty on ranks that read no pictures, as are the next four."""
+    patches: np.ndarray
+    pixels: np.ndarray
+    features: np.ndarray | None
+    latents: np.ndarray | None
+    sample_ids: tuple[str, ...]
+    kinds: tuple[SampleKind, ...]
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens that belong to no sample."""
+        return self.num_tokens - int(self.num_condition.sum()) - int(self.pictures.prod(axis=1).sum())
+
+    @property
+    def num_images(self) -> int:
+        """Pictures drawn."""
+        return len(self.pictures)
+
+
+@dataclass(frozen=True)
+class DrawingWork:
+    """Samples to pictures with conditions; see ``data/workers.py``.
+
+    Args:
+        stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
+        with_sources: images of the user join the condition.
+        condition_dropout: share of samples whose condition is left out.
+    """
+
+    generator: ImageGeneratorConfig
+    encoder: VisionEncoderConfig
+    data: DataConfig
+    sources: Mapping[str, Source]
+    seed: int
+    condition_dropout: float
+    with_sources: bool
+    stream_multiple: int = 1
+    features: FeatureStore | None = None
+    """Of condition images, computed beforehand."""
+    latents: FeatureStore | None = None
+    """Of pictures, computed beforehand."""
+
+    @property
+    def room(self) -> int:
+        """A row without what rounding up the text stream may cost."""
+        return self.data.sequence_length - (self.stream_multiple - 1)
+
+    @property
+    def pixel_format(self) -> SiglipFormat:
+        """Pixels of image tokens, in [-1, 1] as VAEs read them."""
+        return SiglipFormat(self.generator.token_pixels)
+
+    # -- what a sample holds
+
+    def lay_out(self, draw: Draw) -> Laid | BadSample:
+        """Read the headers of a sample's images."""
+        return laid_out(self.sources, draw, lambda sample: self._layout(sample, draw))
+
+    def _layout(self, sample: Sample, draw: Draw) -> DrawingSample:
+        drawn = _images_of(sample, "assistant")
+        if not drawn:
+            raise SampleError(sample.id, "has no image of the assistant, nothing to draw", "nothing to draw")
+        target = drawn[-1]
+        chosen = (target, *(_images_of(sample, "user") if self.with_sources else ()))
+        sizes = [images.image_size(sample.images[index], self.data.max_image_pixels) for index in chosen]
+        grids = np.array([self._grid(size, is_source=place > 0) for place, size in enumerate(sizes)], dtype=np.int64)
+        assert self.data.drawing_size is not None
+        side = self.generator.token_pixels
+        width, height = images.target_size(*sizes[0], self.data.drawing_size, side)
+        generator = np.random.Generator(np.random.Philox(key=_key(self.seed, draw)))
+        layout = DrawingSample(
+            id=sample.id,
+            kind=sample.kind,
+            image_index=chosen,
+            grids=grids,
+            picture=np.array([height // side, width // side], dtype=np.int64),
+            num_condition=int(grids.prod(axis=1).sum()) // self.encoder.spatial_merge_size**2,
+            # Not 0, where no noise would be left and some distributions have no value.
+            uniform=float(generator.uniform(1e-7, 1 - 1e-7)),
+            unconditional=bool(generator.random() < self.condition_dropout),
+            noise_seed=int(generator.integers(1 << 63)),
+        )
+        if len(layout) > self.room:
+            row = self.data.sequence_length
+            what = f"{len(layout)} tokens, but data.sequence_length {row} has room for {self.room}"
+            raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
+        return layout
+
+    def _grid(self, size: tuple[int, int], is_source: bool) -> tuple[int, int, int]:
+        rule = self.data.understanding_size if is_source else self.data.generation_size
+        width, height = images.target_size(*size, rule, self.encoder.token_pixels)
+        return 1, height // self.encoder.patch_size, width // self.encoder.patch_size
+
+    # -- what its images hold
+
+    def picture_request(self, laid: Laid) -> ImageRequest:
+        """The picture at the size at which it is drawn."""
+        rows, columns = (int(count) for count in laid.layout.picture)
+        side, size = self.generator.token_pixels, self.data.drawing_size
+        assert size is not None
+        file = laid.sample.images[laid.layout.image_index[0]]
+        return ImageRequest(file, columns * side, rows * side, size.crop, size.filter)
+
+    def condition_requests(self, laid: Laid) -> list[ImageRequest]:
+        """The images of the condition as the vision encoder reads them."""
+        rules = [self.data.generation_size] + [self.data.understanding_size] * (len(laid.layout.grids) - 1)
+        return [
+            ImageRequest.of_grid(laid.sample.images[index], grid, self.encoder, rule)
+            for index, grid, rule in zip(laid.layout.image_index, laid.layout.grids, rules, strict=True)
+        ]
+
+    def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[DrawingSample, list[BadSample]]]:
+        """Decode images, or look up what was computed of them; nothing is learned from a sample with a broken one."""
+        pictures = [[self.picture_request(each)] for each in laid]
+        conditions = [self.condition_requests(each) for each in laid]
+        pixels = self._fetch(pictures, laid, self.latents, decoder, self.pixel_format)
+        patches = self._fetch(conditions, laid, self.features, decoder, self.encoder)
+        done = []
+        for each, picture, condition in zip(laid, pixels, patches, strict=True):
+            broken = [*picture.broken, *condition.broken]
+            fields = {"pixels" if self.latents is None else "latents": picture.values}
+            fields["patches" if self.features is None else "features"] = condition.values
+            done.append((replace(each.layout, learned=not broken, **fields), broken))
+        return done
+
+    def _fetch(
+        self,
+        requests: list[list[ImageRequest]],
+        laid: Sequence[Laid],
+        store: FeatureStore | None,
+        decoder: Decoder,
+        form: images.PatchFormat,
+    ) -> list["_Fetched"]:
+        """Of each sample, the patches of its images one behind the other."""
+        if store is not None:
+            return [_look_up(each, sample, store, form) for each, sample in zip(requests, laid, strict=True)]
+        found = iter(decoder.load([request for each in requests for request in each], form))
+        return [
+            _collect([next(found) for _ in each], each, sample, form)
+            for each, sample in zip(requests, laid, strict=True)
+        ]
+
+    # -- rows
+
+    def row(self, samples: Sequence[DrawingSample]) -> DrawingRow:
+        """Conditions in front, pictures behind, each stream filled up with padding."""
+        num_condition = np.array([sample.num_condition for sample in samples], dtype=np.int64)
+        loaded = bool(samples) and (samples[0].pixels is not None or samples[0].latents is not None)
+        latent_dim = self.generator.mmdit.patch_dim
+        noise = [_noise(sample, latent_dim) for sample in samples] if loaded else []
+        return DrawingRow(
+            num_text=round_up(int(num_condition.sum()), self.stream_multiple),
+            num_tokens=self.data.sequence_length,
+            num_condition=num_condition,
+            pictures=np.array([sample.picture for sample in samples], dtype=np.int64).reshape(-1, 2),
+            uniform=np.array([sample.uniform for sample in samples], dtype=np.float64),
+            unconditional=np.array([sample.unconditional for sample in samples], dtype=bool),
+            learned=np.array([sample.learned for sample in samples], dtype=bool),
+            grids=np.concatenate([np.zeros((0, 3), dtype=np.int64), *(sample.grids for sample in samples)]),
+            is_source=np.array([place > 0 for sample in samples for place in range(len(sample.grids))], dtype=bool),
+            noise=np.concatenate([np.zeros((0, latent_dim), dtype=np.float32), *noise]),
+            patches=_joined([sample.patches for sample in samples], self.encoder.patch_dim),
+            pixels=_joined([sample.pixels for sample in samples], images.patch_dim(self.pixel_format)),
+            features=_joined_store([sample.features for sample in samples], self.features),
+            latents=_joined_store([sample.latents for sample in samples], self.latents),
+            sample_ids=tuple(sample.id for sample in samples),
+            kinds=tuple(sample.kind for sample in samples),
+        )
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    values: np.ndarray
+    broken: list[BadSample]
+
+
+def _images_of(sample: Sample, role: str) -> list[int]:
+    return [part for turn in sample.turns if turn.role == role for part in turn.parts if isinstance(part, int)]
+
+
+def _key(seed: int, draw: Draw) -> int:
+    """128 bits for one draw."""
+    words = repr((seed, draw.source, draw.index, draw.epoch)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
+
+
+def _noise(sample: DrawingSample, width: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=sample.noise_seed))
+    return generator.standard_normal((sample.num_picture, width), dtype=np.float32)
+
+
+def _collect(
+    found: Sequence[np.ndarray | SampleError],
+    requests: Sequence[ImageRequest],
+    laid: Laid,
+    form: images.PatchFormat,
+) -> _Fetched:
+    parts, broken = [], []
+    for part, request in zip(found, requests, strict=True):
+        if isinstance(part, SampleError):
+            broken.append(BadSample(laid.draw.source, SampleError(laid.where, str(part), part.fault)))
+            count = images.num_patches(request.width, request.height, form)
+            part = np.zeros((count, images.patch_dim(form)), dtype=np.float32)
+        parts.append(part)
+    return _Fetched(np.concatenate(parts), broken)
+
+
+def _look_up(requests: Sequence[ImageRequest], laid: Laid, store: FeatureStore, form: images.PatchFormat) -> _Fetched:
+    parts, broken = [], []
+    for request in requests:
+        rows = store.get(image_key(request))
+        if rows is None:
+            what = f"lacks {request.file} of {laid.where}; run unimm data cache again"
+            raise DataError(str(store.folder), what)
+        if not len(rows):  # The cache's maker could not decode it.
+            error = SampleError(laid.where, f"{request.file} could not be decoded", "unreadable image")
+            broken.append(BadSample(laid.draw.source, error))
+            count = images.num_patches(request.width, request.height, form) // form.spatial_merge_size**2
+            rows = np.zeros((count, store.meta.width), STORED[store.meta.dtype])
+        parts.append(rows)
+    return _Fetched(np.concatenate(parts), broken)
+
+
+def _joined(parts: Sequence[np.ndarray | None], width: int) -> np.ndarray:
+    return np.concatenate([np.zeros((0, width), dtype=np.float32), *(part for part in parts if part is not None)])
+
+
+def _joined_store(parts: Sequence[np.ndarray | None], store: FeatureStore | None) -> np.ndarray | None:
+    if store is None:
+        return None
+    empty = np.empty((0, store.meta.width), STORED[store.meta.dtype])
+    return np.concatenate([empty, *(part for part in parts if part is not None)])

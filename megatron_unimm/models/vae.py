@@ -1,0 +1,81 @@
+"""The frozen autoencoder between pictures and latents: diffusers' AutoencoderKL (arXiv 2112.10752).
+
+Layouts: pictures ``(B, 3, H, W)`` in [-1, 1], latents ``(B, C, h, w)`` as the diffusion transformer sees them, patches
+of latents ``[h w / side², C side²]``, each (channel, row, column), row by row.
+"""
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+from megatron_unimm.config.mmdit import VaeConfig
+
+
+def build_vae(config: VaeConfig) -> AutoencoderKL:
+    """The network, with random weights. Pictures beyond ``sample_size`` are worked on in overlapping tiles, so that
+    memory does not grow with them."""
+    stages = len(config.block_channels)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=tuple(config.block_channels),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        sample_size=config.sample_size,
+        scaling_factor=config.scaling_factor,
+        shift_factor=config.shift_factor,
+        use_quant_conv=config.quant_conv,
+        use_post_quant_conv=config.quant_conv,
+        mid_block_add_attention=config.mid_attention,
+    )
+    vae.enable_tiling()
+    return vae
+
+
+def encode(vae: AutoencoderKL, pictures_BCHW: Tensor) -> Tensor:
+    """Latents of pictures: the mean of their distribution, so that it is the same on every rank and in every epoch."""
+    mean = vae.encode(pictures_BCHW).latent_dist.mode()
+    return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
+
+
+def decode(vae: AutoencoderKL, latents_BChw: Tensor) -> Tensor:
+    """Pictures of latents."""
+    return vae.decode(latents_BChw / vae.config["scaling_factor"] + vae.config["shift_factor"]).sample
+
+
+def to_patches(grid_BChw: Tensor, side: int) -> Tensor:
+    """Cut to patches of ``side`` x ``side``: ``[B, h w / side², C side²]``."""
+    count, channels, height, width = grid_BChw.shape
+    cut = grid_BChw.reshape(count, channels, height // side, side, width // side, side)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * side * side)
+
+
+def from_patches(patches_BUF: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """The way back: ``(B, C, rows side, columns side)``."""
+    count, _, width = patches_BUF.shape
+    laid = patches_BUF.reshape(count, rows, columns, width // side**2, side, side)
+    return laid.permute(0, 3, 1, 4, 2, 5).reshape(count, -1, rows * side, columns * side)
+
+
+@torch.no_grad()
+def encode_patches(
+    vae: AutoencoderKL, pixels: Tensor, grids: list[tuple[int, int]], pixel_side: int, latent_side: int
+) -> Tensor:
+    """Patches of latents of packed pictures, pictures of one size at a time.
+
+    Args:
+        pixels: ``[U, 3 pixel_side²]``: the pixels of each image token, pictures one behind the other.
+        grids: rows and columns of image tokens of each picture.
+        pixel_side, latent_side: side of an image token in pixels, and in latents.
+
+    Returns:
+        ``[U, C latent_side²]``.
+    """
+    parts = list(pixels.split([rows * columns for rows, columns in grids]))
+    for rows, columns in dict.fromkeys(grids):
+        same = [i for i, grid in enumerate(grids) if grid == (rows, columns)]
+        pictures = from_patches(torch.stack([parts[i] for i in same]), rows, columns, pixel_side)
+        for i, patches in zip(same, to_patches(encode(vae, pictures), latent_side), strict=True):
+            parts[i] = patches
+    return torch.cat(parts)
