@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ORION end to end in the Shapes world, on a machine with nothing but Python 3.11 and a package index: makes its environment,
-# the data and the base checkpoint, trains the paper's three stages on two ranks (tensor and sequence parallel), and prints
-# what came of it. Needs no GPU and uses those that are there.
+# the data and the base checkpoints, trains the paper's three stages on two ranks (tensor and sequence parallel) and its image
+# decoder (data parallel), draws, and prints what came of it. Needs no GPU and uses those that are there.
 #
 #   launchers/quickstart.sh                    into runs/quickstart; started again, it goes on where it was
 #   launchers/quickstart.sh train.steps=20     any recipe setting, for all three stages
@@ -17,6 +17,7 @@ ensure_env .venv
 export RUNS="${RUNS:-runs}" DATA="${DATA:-data/shapes}"
 run="$RUNS/quickstart"
 base_model=tools/base_models/shapes_vlm
+generator=tools/base_models/shapes_mmdit
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -36,17 +37,38 @@ if [[ ! -f "$run/base/COMMITTED" ]]; then
     unimm convert import --from "$base_model" --to "$run/base"
 fi
 
+if [[ ! -f "$run/generator_base/COMMITTED" ]]; then
+    step "Importing the diffusers pipeline $generator"
+    unimm convert import --from "$generator" --to "$run/generator_base"
+fi
+
 layout=(system.parallel.tensor=2 system.parallel.sequence=true)
 ranks=2
 if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" == 1 ]]; then
-    layout=(system.parallel.tensor=1)
+    if [[ ! -f "$run/generator_base/COMMITTED" ]]; then
+    step "Importing the diffusers pipeline $generator"
+    unimm convert import --from "$generator" --to "$run/generator_base"
+fi
+
+layout=(system.parallel.tensor=1)
     ranks=1
 fi
+train() {
+    torchrun --standalone --nproc-per-node "$ranks" -m megatron_unimm.cli \
+        train configs/orion/shapes.yaml --stage "$1" --run-dir "$run" "${@:2}"
+}
 for stage in warm_up pretrain sft; do
     step "Stage $stage on $ranks ranks"
-    torchrun --standalone --nproc-per-node "$ranks" -m megatron_unimm.cli \
-        train configs/orion/shapes.yaml --stage "$stage" --run-dir "$run" "${layout[@]}" "$@"
+    train "$stage" "${layout[@]}" "${short[@]}" "$@"
 done
+step "Stage decoder on $ranks ranks"
+train decoder "${short[@]}" "$@"
+
+step "Drawing"
+prompts=("a red circle left of a blue square" "three green triangles" "a purple cross" "a yellow square above a pink circle"
+    "two orange circles" "a black triangle and a red cross" "a blue circle" "a green square right of an orange triangle")
+unimm generate --model "$run" "${prompts[@]/#/--prompt=}" --to "$run/samples.png"
+unimm evaluate --model "$run" --suite shapes --data "$DATA/eval" --num-samples 20 --to "$run/shapes.json"
 
 step "Exporting to Hugging Face, and asking plain transformers the same questions"
 rm -rf "$run/exported"
@@ -54,4 +76,4 @@ unimm convert export --from "$run" --to "$run/exported"
 python tools/compare_with_transformers.py "$run" "$run/exported"
 
 python tools/summarize_run.py "$run"
-echo "Curves: tensorboard --logdir $run    Talk to it: unimm chat --model $run"
+echo "Look: $run/samples.png, $run/shapes.png    Curves: tensorboard --logdir $run    Talk to it: unimm chat --model $run"

@@ -1,4 +1,5 @@
-"""Tables of a run's stages and ``summary.json``: losses first and last, speed, skipped steps, scores before and after.
+"""Tables of a run's stages and ``summary.json``: losses first and last, speed, skipped steps, scores before and after, and
+what ``unimm evaluate --suite shapes --to RUN/shapes.json`` measured of its pictures.
 
 python tools/summarize_run.py runs/quickstart
 """
@@ -51,14 +52,16 @@ def summarize(run: Path) -> dict[str, Any]:
         name: {"before": score(stages, suite, first=True), "after": score(stages, suite, first=False)}
         for name, suite in (("question_answering", "shapes_qa"), ("generation_retrieval", "shapes_retrieval"))
     }
-    return {"stages": stages, "scores": scores}
+    drawn = run / "shapes.json"
+    return {"stages": stages, "scores": scores, "shapes": json.loads(drawn.read_text()) if drawn.exists() else None}
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Two tables."""
     table = Table("stage", "steps", "loss", "first", "last", "tokens/s", "skipped", title="Training")
     for name, stage in summary["stages"].items():
-        for number, (term, values) in enumerate(stage["losses"].items()):
+        parts = {term: values for term, values in stage["losses"].items() if "/" not in term}
+        for number, (term, values) in enumerate(parts.items()):
             own = (name, str(stage["steps"]), f"{stage['tokens_per_second']:.0f}", str(stage["skipped_steps"]))
             stage_name, steps, speed, skipped = own if number == 0 else ("", "", "", "")
             table.add_row(stage_name, steps, term, f"{values['first']:.4g}", f"{values['last']:.4g}", speed, skipped)
@@ -68,6 +71,12 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for name, pair in summary["scores"].items():
         scores.add_row(name.replace("_", " "), *("-" if value is None else f"{value:.3f}" for value in pair.values()))
     console.print(scores)
+    if summary["shapes"] is not None:
+        pictures = Table("score", "", title="Pictures of held-out prompts, questions, edits")
+        for name, value in summary["shapes"]["scores"].items():
+            if "/" not in name:
+                pictures.add_row(name.replace("_", " "), f"{value:.3f}")
+        console.print(pictures)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 Every sample that has an image of the assistant gives one picture, its last. The picture is read twice: at the size that
 the vision encoder gives its visual tokens at (``data.generation_size``), which are the condition, and at the size that
-is drawn (``data.drawing_size``). Images of the user before it (an edit's source) may join the condition.
+is drawn (``data.drawing_size``). The images before it in the conversation (what an edit starts from) may join the
+condition, each at the size that the language model has it at.
 
     row of two samples     text stream  [ A A A A | B B B B b b | . . ]     A, B: visual tokens of the pictures,
                            image stream [ A A A A A A | B B B B B B | . ]   b: of B's source, . padding
@@ -44,6 +45,8 @@ class DrawingSample:
     kind: SampleKind
     image_index: tuple[int, ...]
     """Of the sample's images: the picture, then its sources."""
+    by_assistant: tuple[bool, ...]
+    """Of the same images: whether the assistant drew it."""
     grids: np.ndarray
     """int64 [N, 3]: patches along time, height, width of the same images as the vision encoder reads them."""
     picture: np.ndarray
@@ -123,7 +126,7 @@ class DrawingWork:
 
     Args:
         stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
-        with_sources: images of the user join the condition.
+        with_sources: images before the picture join its condition.
         condition_dropout: share of samples whose condition is left out.
     """
 
@@ -157,13 +160,16 @@ class DrawingWork:
         return laid_out(self.sources, draw, lambda sample: self._layout(sample, draw))
 
     def _layout(self, sample: Sample, draw: Draw) -> DrawingSample:
-        drawn = _images_of(sample, "assistant")
-        if not drawn:
+        shown = [
+            (part, turn.role == "assistant") for turn in sample.turns for part in turn.parts if isinstance(part, int)
+        ]
+        while shown and not shown[-1][1]:
+            shown.pop()  # what the user shows after the last picture
+        if not shown:
             raise SampleError(sample.id, "has no image of the assistant, nothing to draw", "nothing to draw")
-        target = drawn[-1]
-        chosen = (target, *(_images_of(sample, "user") if self.with_sources else ()))
-        sizes = [images.image_size(sample.images[index], self.data.max_image_pixels) for index in chosen]
-        grids = np.array([self._grid(size, is_source=place > 0) for place, size in enumerate(sizes)], dtype=np.int64)
+        chosen = [shown[-1], *(shown[:-1] if self.with_sources else ())]
+        sizes = [images.image_size(sample.images[index], self.data.max_image_pixels) for index, _ in chosen]
+        grids = [self._grid(size, drawn) for size, (_, drawn) in zip(sizes, chosen, strict=True)]
         assert self.data.drawing_size is not None
         side = self.generator.token_pixels
         width, height = images.target_size(*sizes[0], self.data.drawing_size, side)
@@ -171,10 +177,11 @@ class DrawingWork:
         layout = DrawingSample(
             id=sample.id,
             kind=sample.kind,
-            image_index=chosen,
-            grids=grids,
+            image_index=tuple(index for index, _ in chosen),
+            by_assistant=tuple(drawn for _, drawn in chosen),
+            grids=np.array(grids, dtype=np.int64),
             picture=np.array([height // side, width // side], dtype=np.int64),
-            num_condition=int(grids.prod(axis=1).sum()) // self.encoder.spatial_merge_size**2,
+            num_condition=int(np.prod(grids, axis=1).sum()) // self.encoder.spatial_merge_size**2,
             # Not 0, where no noise would be left and some distributions have no value.
             uniform=float(generator.uniform(1e-7, 1 - 1e-7)),
             unconditional=bool(generator.random() < self.condition_dropout),
@@ -186,8 +193,8 @@ class DrawingWork:
             raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
         return layout
 
-    def _grid(self, size: tuple[int, int], is_source: bool) -> tuple[int, int, int]:
-        rule = self.data.understanding_size if is_source else self.data.generation_size
+    def _grid(self, size: tuple[int, int], drawn: bool) -> tuple[int, int, int]:
+        rule = self.data.generation_size if drawn else self.data.understanding_size
         width, height = images.target_size(*size, rule, self.encoder.token_pixels)
         return 1, height // self.encoder.patch_size, width // self.encoder.patch_size
 
@@ -203,10 +210,15 @@ class DrawingWork:
 
     def condition_requests(self, laid: Laid) -> list[ImageRequest]:
         """The images of the condition as the vision encoder reads them."""
-        rules = [self.data.generation_size] + [self.data.understanding_size] * (len(laid.layout.grids) - 1)
+        layout, data = laid.layout, self.data
         return [
-            ImageRequest.of_grid(laid.sample.images[index], grid, self.encoder, rule)
-            for index, grid, rule in zip(laid.layout.image_index, laid.layout.grids, rules, strict=True)
+            ImageRequest.of_grid(
+                laid.sample.images[index],
+                grid,
+                self.encoder,
+                data.generation_size if drawn else data.understanding_size,
+            )
+            for index, drawn, grid in zip(layout.image_index, layout.by_assistant, layout.grids, strict=True)
         ]
 
     def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[DrawingSample, list[BadSample]]]:
@@ -272,10 +284,6 @@ class DrawingWork:
 class _Fetched:
     values: np.ndarray
     broken: list[BadSample]
-
-
-def _images_of(sample: Sample, role: str) -> list[int]:
-    return [part for turn in sample.turns if turn.role == role for part in turn.parts if isinstance(part, int)]
 
 
 def _key(seed: int, draw: Draw) -> int:

@@ -161,7 +161,7 @@ def pack(arrays: dict[str, np.ndarray], stage: Stage) -> Packed:
         index = np.concatenate([table_index(*grid, m.position_grid) for grid in grids])
         index = np.pad(index, (0, num_image - len(index)))
         position_index = torch.from_numpy(index[image - num_text])
-    row = MMDiTRow.build(table, vector, num_vectors, joint, CPU, context=context, sequence=sequence)
+    row = MMDiTRow.build(table, vector, num_vectors, joint, CPU, torch.float32, context=context, sequence=sequence)
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     inputs = MMDiTInput(
         condition=padded(tensors["condition"], num_text)[text],

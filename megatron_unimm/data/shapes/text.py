@@ -28,8 +28,9 @@ PROMPT_TEMPLATES: dict[str, tuple[str, ...]] = {
         "Can you make an image of {}?",
         "Would you show me {}?",
     ),
+    "bare": ("{}",),
 }
-"""The three styles of prompts of ORION's appendix A.2."""
+"""The three styles of prompts of ORION's appendix A.2, and the caption alone, as GenEval asks."""
 
 BRIEF_REQUESTS = ("Describe the image briefly.", "What is in the image?", "Give a short caption.")
 DETAILED_REQUESTS = ("Describe the image in detail.", "What is where in the image?")

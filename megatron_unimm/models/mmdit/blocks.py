@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_unimm.config.mmdit import FluxConfig, MMDiT
 from megatron_unimm.models.mmdit.attention import JointAttention
-from megatron_unimm.models.mmdit.modulation import Modulation, add_gated, modulate, plain_norm
+from megatron_unimm.models.mmdit.modulation import Modulation, VectorOfToken, add_gated, modulate, plain_norm
 from megatron_unimm.models.mmdit.row import MMDiTRow
 from megatron_unimm.models.specs import layers_provider
 
@@ -138,14 +138,14 @@ class JointBlock(MegatronModule):
         on_text, on_image = self.text.modulation(context), self.image.modulation(context)
         normed = plain_norm(image)  # the second attention reads it too
         text_out, image_out = self._attend(text, normed, on_text, on_image, row)
-        image = add_gated(image, image_out, on_image[2], row.image_vector)
+        image = add_gated(image, image_out, on_image[2], row.image_vectors)
         if self.image.dual_attention:
-            update = self._attend_inside(modulate(normed, on_image[6], on_image[7], row.image_vector), row)
-            image = add_gated(image, update, on_image[8], row.image_vector)
-        image = self._mlp(self.image, image, on_image, row.image_vector)
+            update = self._attend_inside(modulate(normed, on_image[6], on_image[7], row.image_vectors), row)
+            image = add_gated(image, update, on_image[8], row.image_vectors)
+        image = self._mlp(self.image, image, on_image, row.image_vectors)
         if text_out is not None:
-            text = add_gated(text, text_out, on_text[2], row.text_vector)
-            text = self._mlp(self.text, text, on_text, row.text_vector)
+            text = add_gated(text, text_out, on_text[2], row.text_vectors)
+            text = self._mlp(self.text, text, on_text, row.text_vectors)
         return torch.cat([text, image]), context
 
     def _attend(
@@ -154,8 +154,8 @@ class JointBlock(MegatronModule):
         """What each stream gets from both; None for a text that ends here."""
         # Without an output the published weights give the scale first.
         shift, scale = on_text[:2] if not self.text.context_pre_only else on_text[::-1]
-        text_in = modulate(plain_norm(text), shift, scale, row.text_vector)  # [s_text, 1, H]
-        image_in = modulate(normed, on_image[0], on_image[1], row.image_vector)  # [s_image, 1, H]
+        text_in = modulate(plain_norm(text), shift, scale, row.text_vectors)  # [s_text, 1, H]
+        image_in = modulate(normed, on_image[0], on_image[1], row.image_vectors)  # [s_image, 1, H]
         of_text, of_image = self.text.attention.qkv(text_in), self.image.attention.qkv(image_in)
         query, key, value = (torch.cat(pair) for pair in zip(of_text, of_image, strict=True))  # [t, N / tensor, D]
         attended = _core(self.config, self.joint_attention, query, key, value, row)  # [t, H / tensor]
@@ -168,9 +168,9 @@ class JointBlock(MegatronModule):
         attended = _core(self.config, self.image_attention, *self.image.attention_2.qkv(image_in), row)
         return self.image.attention_2.output(attended)
 
-    def _mlp(self, stream: Stream, hidden: Tensor, on: tuple[Tensor, ...], vector_index: Tensor | None) -> Tensor:
-        hidden_in = modulate(plain_norm(hidden), on[3], on[4], vector_index)
-        return add_gated(hidden, _run_mlp(self.config, stream.mlp, hidden_in), on[5], vector_index)
+    def _mlp(self, stream: Stream, hidden: Tensor, on: tuple[Tensor, ...], vectors: VectorOfToken | None) -> Tensor:
+        hidden_in = modulate(plain_norm(hidden), on[3], on[4], vectors)
+        return add_gated(hidden, _run_mlp(self.config, stream.mlp, hidden_in), on[5], vectors)
 
 
 class SingleBlock(MegatronModule):
@@ -207,14 +207,13 @@ class SingleBlock(MegatronModule):
     ) -> tuple[Tensor, Tensor]:
         """``[s, 1, H]`` and the vectors ``[n, H]``, unchanged."""
         row = packed_seq_params
-        vector_index = torch.cat([row.text_vector, row.image_vector])
         shift, scale, gate = self.modulation(context)
-        hidden_in = modulate(plain_norm(hidden_states), shift, scale, vector_index)  # [s, 1, H]
+        hidden_in = modulate(plain_norm(hidden_states), shift, scale, row.all_vectors)  # [s, 1, H]
         query, key, value = (row.to_streams(part) for part in self.attention.qkv(hidden_in))  # [t, N / tensor, D]
         attended = row.to_gathered(_core(self.config, self.joint_attention, query, key, value, row))  # [t, H / tensor]
         grown = self.config.activation_func(self.linear_fc1(hidden_in)[0])  # [t, 1, 4 H / tensor]
         update = self.linear_out(torch.cat([attended[:, None], grown], dim=-1))[0]  # [s, 1, H]
-        return add_gated(hidden_states, update, gate, vector_index), context
+        return add_gated(hidden_states, update, gate, row.all_vectors), context
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

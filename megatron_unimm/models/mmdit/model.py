@@ -111,7 +111,7 @@ class MMDiT(MegatronModule):
             return self._pack(hidden, vectors)
         scale, shift = self.final_modulation(activated)
         image = row.streams(hidden)[1]  # [s_image, 1, H]
-        image = self._gather(modulate(plain_norm(image), shift, scale, row.image_vector))  # [t_image, 1, H]
+        image = self._gather(modulate(plain_norm(image), shift, scale, row.image_vectors))  # [t_image, 1, H]
         return self.final_linear(image[:, 0])  # [t_image, patch dim]
 
     def _embed(self, inputs: MMDiTInput) -> tuple[Tensor, Tensor]:

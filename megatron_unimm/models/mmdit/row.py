@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_unimm.models.mmdit.attention import JointContext
+from megatron_unimm.models.mmdit.modulation import VectorOfToken
 from megatron_unimm.models.mmdit.visibility import TokenTable, local_index
 
 
@@ -30,10 +31,12 @@ class MMDiTRow(PackedSeqParams):
     """Text tokens among this rank's s."""
     num_vectors: int = 0
     """Conditioning vectors of the row, n."""
-    text_vector: Tensor | None = None
-    """int64: vector of each of this rank's text tokens."""
-    image_vector: Tensor | None = None
-    """int64: the same for its image tokens."""
+    text_vectors: VectorOfToken | None = None
+    """Of this rank's text tokens."""
+    image_vectors: VectorOfToken | None = None
+    """Of its image tokens."""
+    all_vectors: VectorOfToken | None = None
+    """Of both."""
     stream_order: Tensor | None = None
     """int64 ``[t]``: brings tokens as tensor-parallel ranks gather them (text, image, text, image) into streams; None
     where they come so."""
@@ -48,6 +51,7 @@ class MMDiTRow(PackedSeqParams):
         num_vectors: int,
         joint: JointContext,
         device: torch.device,
+        dtype: torch.dtype,
         *,
         context: tuple[int, int] = (0, 1),
         sequence: tuple[int, int] = (0, 1),
@@ -57,6 +61,7 @@ class MMDiTRow(PackedSeqParams):
         Args:
             table: the row's T tokens.
             vector_of_token: int64 ``[T]``.
+            dtype: that layers compute in.
             context, sequence: (rank, size); a size of 1 where sequence parallelism is off.
         """
         (rank, size), (tensor_rank, tensor_size) = context, sequence
@@ -69,12 +74,17 @@ class MMDiTRow(PackedSeqParams):
         gathered = np.concatenate([half for pair in zip(*parts, strict=True) for half in pair])  # [t]
         orders = (np.argsort(gathered), gathered) if tensor_size > 1 else (None, None)
         tensors = [None if values is None else torch.from_numpy(values).to(device) for values in orders]
+        own = [np.split(stream, tensor_size)[tensor_rank] for stream in (text, image)]
+        text_vectors, image_vectors, all_vectors = (
+            VectorOfToken.build(index, num_vectors, device, dtype) for index in (*own, np.concatenate(own))
+        )
         return cls(
             joint=joint,
             num_text=num_text // tensor_size,
             num_vectors=num_vectors,
-            text_vector=torch.from_numpy(np.split(text, tensor_size)[tensor_rank].copy()).to(device),
-            image_vector=torch.from_numpy(np.split(image, tensor_size)[tensor_rank].copy()).to(device),
+            text_vectors=text_vectors,
+            image_vectors=image_vectors,
+            all_vectors=all_vectors,
             stream_order=tensors[0],
             gathered_order=tensors[1],
         )

@@ -93,6 +93,7 @@ class Canvas:
             num_vectors,
             joint,
             place.device,
+            place.dtype,
             context=place.context,
             sequence=place.sequence,
         )
