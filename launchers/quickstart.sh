@@ -7,6 +7,7 @@
 #   launchers/quickstart.sh train.steps=20     any recipe setting, for all three stages
 #
 #   RUNS=DIR   where runs go (runs)            DATA=DIR   where the Shapes data go (data/shapes)
+#   FULL=1         train every stage for as long as the recipe says
 #   BUILD_BASE=1   train the base model anew instead of taking tools/base_models/shapes_vlm (about an hour)
 # More variables: launchers/setup_env.sh
 set -euo pipefail
@@ -42,27 +43,30 @@ if [[ ! -f "$run/generator_base/COMMITTED" ]]; then
     unimm convert import --from "$generator" --to "$run/generator_base"
 fi
 
-layout=(system.parallel.tensor=2 system.parallel.sequence=true)
+# The stages take layouts of their own, and hand over whatever these are: tensor and sequence parallel, or data parallel with
+# half as long a row on each of two ranks.
 ranks=2
+declare -A layout=(
+    [warm_up]="system.parallel.tensor=2 system.parallel.sequence=true"
+    [pretrain]="data.sequence_length=2304"
+    [sft]="system.parallel.tensor=2 system.parallel.sequence=true"
+    [decoder]=""
+)
 if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" == 1 ]]; then
-    if [[ ! -f "$run/generator_base/COMMITTED" ]]; then
-    step "Importing the diffusers pipeline $generator"
-    unimm convert import --from "$generator" --to "$run/generator_base"
-fi
-
-layout=(system.parallel.tensor=1)
     ranks=1
+    layout=()
 fi
-train() {
-    torchrun --standalone --nproc-per-node "$ranks" -m megatron_unimm.cli \
-        train configs/orion/shapes.yaml --stage "$1" --run-dir "$run" "${@:2}"
-}
-for stage in warm_up pretrain sft; do
+# A fraction of the recipe's steps; FULL=1 takes all of them (about an hour on two cores).
+declare -A steps=([warm_up]=50 [pretrain]=600 [sft]=100 [decoder]=350)
+for stage in warm_up pretrain sft decoder; do
     step "Stage $stage on $ranks ranks"
-    train "$stage" "${layout[@]}" "${short[@]}" "$@"
+    settings=()
+    [[ "${FULL:-0}" == 1 ]] || settings=("train.steps=${steps[$stage]}")
+    # shellcheck disable=SC2206  # settings are words
+    settings+=(${layout[$stage]:-})
+    torchrun --standalone --nproc-per-node "$ranks" -m megatron_unimm.cli \
+        train configs/orion/shapes.yaml --stage "$stage" --run-dir "$run" "${settings[@]}" "$@"
 done
-step "Stage decoder on $ranks ranks"
-train decoder "${short[@]}" "$@"
 
 step "Drawing"
 prompts=("a red circle left of a blue square" "three green triangles" "a purple cross" "a yellow square above a pink circle"
@@ -72,7 +76,7 @@ unimm evaluate --model "$run" --suite shapes --data "$DATA/eval" --num-samples 2
 
 step "Exporting to Hugging Face, and asking plain transformers the same questions"
 rm -rf "$run/exported"
-unimm convert export --from "$run" --to "$run/exported"
+unimm convert export --from "$run/sft" --to "$run/exported"
 python tools/compare_with_transformers.py "$run" "$run/exported"
 
 python tools/summarize_run.py "$run"

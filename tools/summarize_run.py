@@ -1,5 +1,5 @@
-"""Tables of a run's stages and ``summary.json``: losses first and last, speed, skipped steps, scores before and after, and
-what ``unimm evaluate --suite shapes --to RUN/shapes.json`` measured of its pictures.
+"""Tables of a run's stages and ``summary.json``: losses first and last, speed, skipped steps, scores before and after,
+and what ``unimm evaluate --suite shapes --to RUN/shapes.json`` measured of its pictures.
 
 python tools/summarize_run.py runs/quickstart
 """

@@ -35,6 +35,7 @@ def chat(
     top_p: float,
     seed: int,
     decoder: Path | None,
+    base: Path | None,
     tensor: int,
     pipeline: int,
     **drawing: Any,
@@ -52,7 +53,7 @@ def chat(
     from megatron_unimm.generate.session import Session
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder) as generator:
+    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
         if generator.painter is not None:
             settings = replace(settings, sampler=sampler_of(generator.painter.config.sampler, **drawing))
         show = click.echo if generator.is_main else _silent
@@ -100,10 +101,8 @@ def _answer(
     if answer.images and to is not None and session.generator.is_main:
         file, count = to / f"turn_{len(session.turns) // 2:03d}.png", len(answer.images)
         if session.generator.paints:
-            origin, settings = session.generator.origin, session.settings
-            written = write_pictures(
-                answer.images, file, [text] * count, [len(session.turns) - 1] * count, settings, origin
-            )
+            numbers = [len(session.turns) - 1] * count
+            written = write_pictures(answer.images, file, [text] * count, numbers, session.settings, session.generator)
         else:
             written = [write_visual_tokens(answer.images, file.with_suffix(".safetensors"))]
         show(f"({', '.join(map(str, written))})")

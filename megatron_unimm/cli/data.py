@@ -226,7 +226,11 @@ Example:
 @click.option("--stage", help="Stage of the recipe; may be left out where it has only one.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
 def cache(recipe: Path, overrides: tuple[str, ...], stage: str | None, to: Path) -> None:
-    """Compute the vision features of a stage's images once, for stages whose vision encoder is frozen.
+    """Compute once what a stage's frozen parts make of its images.
+
+    For a stage of the language model with a frozen vision encoder, its features, in DIR. For a stage that trains an
+    image decoder, these in DIR/features, and the VAE's latents of the pictures in DIR/latents (data.feature_cache and
+    data.latent_cache).
 
     Under torchrun or srun each rank takes its share.
     """

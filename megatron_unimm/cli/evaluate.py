@@ -46,6 +46,12 @@ Suites:
     help="Base model whose features are the truth.  [default: the base_checkpoint of the training]",
 )
 @click.option(
+    "--decoder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Image decoder of suites that judge pixels: its checkpoint or stage.  [default: the one in the run's folder]",
+)
+@click.option(
     "--images",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
@@ -65,6 +71,7 @@ def evaluate(
     data: Path | None,
     num_samples: int | None,
     base: Path | None,
+    decoder: Path | None,
     images: Path | None,
     detections: Path | None,
     tensor: int,
@@ -86,6 +93,7 @@ def evaluate(
         to,
         num_samples,
         base=base,
+        decoder=decoder,
         images=images,
         detections=detections,
         tensor=tensor,

@@ -64,6 +64,7 @@ def generate(
     top_p: float,
     seed: int,
     decoder: Path | None,
+    base: Path | None,
     tensor: int,
     pipeline: int,
     **drawing: Any,
@@ -79,17 +80,19 @@ def generate(
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     pictures = read_pictures(image_files)
-    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder) as generator:
+    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
         suffix = "" if to is None else to.suffix.lower()
         if generator.painter is not None:
             settings = replace(settings, sampler=sampler_of(generator.painter.config.sampler, **drawing))
-        elif suffix == PICTURE:
+        elif suffix == PICTURE and generator.draws:
             from megatron_unimm.errors import UserError
 
             raise UserError(generator.origin, f"has no image decoder beside it to make {to}; give one with --decoder")
         answers = _answers(generator, prompts, pictures, settings, count, open_image=suffix in (PICTURE, TOKENS))
         if generator.is_main:
-            _write(answers, [prompt for prompt in prompts for _ in range(count)], to, settings, generator.origin)
+            _write(
+                answers, [(prompt, number) for prompt in prompts for number in range(count)], to, settings, generator
+            )
 
 
 def _answers(
@@ -114,8 +117,13 @@ def _answers(
 
 
 def _write(
-    answers: list["Answer"], prompts: list[str], to: Path | None, settings: "DecodeSettings", origin: str
+    answers: list["Answer"],
+    asked: list[tuple[str, int]],
+    to: Path | None,
+    settings: "DecodeSettings",
+    generator: "Generator",
 ) -> None:
+    """Text to the terminal or a file, images to files. ``asked``: prompt and number of each answer."""
     from megatron_unimm.generate.pictures import write_pictures, write_visual_tokens
 
     text = "\n".join(answer.text for answer in answers if answer.text)
@@ -129,10 +137,10 @@ def _write(
         click.echo("(cut at --max-new-tokens)", err=True)
     if images and to is None:
         click.echo(f"({len(images)} generated images not kept; give --to FILE.png)", err=True)
-    elif images and to is not None and to.suffix.lower() == TOKENS:
-        click.echo(f"{write_visual_tokens(images, to)}: visual tokens", err=True)
+    elif images and to is not None and (to.suffix.lower() == TOKENS or not generator.paints):
+        click.echo(f"{write_visual_tokens(images, to.with_suffix(TOKENS))}: visual tokens", err=True)
     elif images and to is not None:
-        captions = [prompt for prompt, answer in zip(prompts, answers, strict=True) for _ in answer.images]
-        numbers = [n for n, answer in enumerate(answers) for _ in answer.images]
-        for file in write_pictures(images, to.with_suffix(PICTURE), captions, numbers, settings, origin):
+        drawn = [each for each, answer in zip(asked, answers, strict=True) for _ in answer.images]
+        captions, numbers = [prompt for prompt, _ in drawn], [number for _, number in drawn]
+        for file in write_pictures(images, to.with_suffix(PICTURE), captions, numbers, settings, generator):
             click.echo(str(file), err=True)

@@ -58,6 +58,12 @@ def painting(command: Command) -> Command:
                 metavar="DIR",
                 help="Image decoder: its checkpoint or stage.  [default: the one in the run's folder]",
             ),
+            click.option(
+                "--base",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Base model that the decoder sees edited images with.  [default: that of its training]",
+            ),
             click.option("--steps", type=click.IntRange(min=1), help="Steps from noise to picture."),
             click.option("--guidance-scale", type=click.FloatRange(min=0), help="Of the condition; 1 is none."),
             click.option("--image-guidance-scale", type=click.FloatRange(min=0), help="Of images that are edited."),

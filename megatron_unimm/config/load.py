@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from megatron_unimm.config.explain import validate
+from megatron_unimm.config.methods import METHODS
 from megatron_unimm.config.recipe import Recipe, StageConfig
 from megatron_unimm.config.wording import join, show, suggest, suggest_or_list
 from megatron_unimm.config.written import Written, escape_variables, merged, parse_yaml, plain
@@ -194,7 +195,7 @@ def _parse_override(override: str) -> tuple[list[str], Written]:
 
 def _apply_override(stages: dict[str, Written], key: list[str], value: Written) -> None:
     if key[0] != "stages":
-        for tree in _stages_with_source(stages, key):
+        for tree in _stages_meant(stages, key):
             _set(tree, key, value)
         return
     if len(key) < 3:
@@ -204,12 +205,20 @@ def _apply_override(stages: dict[str, Written], key: list[str], value: Written) 
     _set(stages[key[1]], key[2:], value)
 
 
-def _stages_with_source(stages: dict[str, Written], key: list[str]) -> list[Written]:
-    """The stages that an override for all means: ``data.sources.NAME.path=...`` skips stages without that source."""
+def _stages_meant(stages: dict[str, Written], key: list[str]) -> list[Written]:
+    """The stages that an override for all means: ``data.sources.NAME.path=...`` skips stages without that source,
+    ``method.KEY=...`` those of a method without that key."""
+    if key[0] == "method" and len(key) > 1 and key[1] != "name":
+        return [tree for tree in stages.values() if _method_has(tree, key[1])] or list(stages.values())
     if key[:2] != ["data", "sources"] or len(key) < 4:
         return list(stages.values())
     having = [tree for tree in stages.values() if key[2] in (plain(tree).get("data") or {}).get("sources", {})]
     return [tree for tree in having if tree["data"]["sources"][key[2]].mapping is not None] or list(stages.values())
+
+
+def _method_has(tree: Written, field: str) -> bool:
+    name = (plain(tree).get("method") or {}).get("name", "orion")
+    return name in METHODS and field in METHODS[name].model_fields
 
 
 def _set(tree: Written, key: list[str], value: Written) -> None:

@@ -64,6 +64,10 @@ class OrionDecoderConfig(Section):
         return {}
 
 
+METHODS: dict[str, type[Section]] = {"orion": OrionConfig, "orion_decoder": OrionDecoderConfig}
+"""By name."""
+
+
 def _orion_by_default(value: Any) -> Any:
     """Recipes of ORION's own stages may leave the name out."""
     return {"name": "orion", **value} if isinstance(value, dict) else value

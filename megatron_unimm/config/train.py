@@ -122,8 +122,8 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Keep a running average of the weights with this decay per step, saved with the checkpoint; what is drawn and
-    exported then comes from it. null for none."""
+    """Keep a running average of the weights with this decay per step, saved with the checkpoint; what is drawn then
+    comes from it, and exports leave it out. null for none."""
     spike: SpikeConfig = SpikeConfig()
     trainable: list[TrainableRule]
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -35,6 +35,8 @@ from megatron_unimm.errors import CheckpointError
 
 OPTIMIZER = "optimizer."
 """Prefix of the optimizer's tensors in a training checkpoint."""
+AVERAGE = "optimizer.average."
+"""Prefix of the running average of the weights (``train.ema_decay``), which is exported in their place."""
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers splits; diffusers takes twice as much."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,7 +62,8 @@ class Model:
 def export_checkpoint(ckpt_dir: Path, hf_dir: Path) -> None:
     """Make a Hugging Face folder of a Megatron checkpoint: ``from_pretrained`` loads it. Dtypes stay as they are.
 
-    Parts of ours go to folders of their own in it (``vision_head/``); optimizer state is left out.
+    Parts of ours go to folders of their own in it (``vision_head/``); optimizer state is left out. Where training kept
+    a running average of the weights, it is what is written, in the dtype of the weights.
 
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged, holds another architecture than it says, or the target
@@ -134,7 +137,8 @@ def _found(reader: Reader, prefix: str) -> list[Mapping]:
 
 def _files_read(manifest: Manifest, reader: Reader, mappings: Sequence[Mapping]) -> list[str]:
     """Files of the checkpoint that an export reads; those with nothing but optimizer state are not among them."""
-    tensors = {chunk.file for mapping in mappings for chunk in reader.tensors[mapping.megatron].chunks}
+    keys = [_stored_key(reader, mapping.megatron) for mapping in mappings]
+    tensors = {chunk.file for key in keys for chunk in reader.tensors[key].chunks}
     return sorted({CHECKPOINT_INDEX, *tensors, *(name for name in manifest.files if name.startswith(HF_FOLDER + "/"))})
 
 
@@ -245,10 +249,16 @@ class _LastPart:
 
     def inverse(self, box: Box) -> tuple[Tensor, ...]:
         if self.box != box:
-            key = box.mapping.megatron
+            key = _stored_key(self.reader, box.mapping.megatron)
             whole = self.reader.read(key) if box.slice is None else self.reader.read_slice(key, box.slice)
-            self.box, self.parts = box, box.inverse(whole)
+            dtype = self.reader.tensors[box.mapping.megatron].dtype
+            self.box, self.parts = box, box.inverse(whole.to(dtype))
         return self.parts
+
+
+def _stored_key(reader: Reader, key: str) -> str:
+    """Where a tensor's numbers are: its average's name, if it has one."""
+    return AVERAGE + key if AVERAGE + key in reader.tensors else key
 
 
 def _header(outputs: Sequence[Output]) -> bytes:

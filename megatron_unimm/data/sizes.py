@@ -13,6 +13,7 @@ from megatron_unimm.config.data import (
     ImageSizeConfig,
     PatchBudgetConfig,
     PixelSizeConfig,
+    SquareSizeConfig,
 )
 from megatron_unimm.errors import ConfigError
 
@@ -54,6 +55,9 @@ def check_size(size: ImageSize, factor: int, where: str) -> None:
         if wrong:
             what = f"{', '.join(wrong)}: sides must be multiples of {factor} pixels, the side of a visual token"
             raise ConfigError(f"{where}.sizes", what)
+    if isinstance(size, SquareSizeConfig) and size.side % factor:
+        what = f"{size.side} is no multiple of {factor} pixels, the side of a visual token"
+        raise ConfigError(f"{where}.side", what)
 
 
 def by_long_side(width: int, height: int, min_side: int, max_side: int, factor: int) -> tuple[int, int]:

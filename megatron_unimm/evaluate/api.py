@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_unimm.checkpoint.manifest import find_checkpoint, read_meta
+from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.errors import UserError
 from megatron_unimm.evaluate.suite import SHEET_COLUMNS, Suite, SuiteFiles, SuiteResult
 from megatron_unimm.evaluate.suites import suite_of
-from megatron_unimm.generate.api import Generator
+from megatron_unimm.generate.api import Generator, find_language_model
 from megatron_unimm.generate.png import picture_grid, write_png
 
 
@@ -24,6 +24,7 @@ def evaluate(
     num_samples: int | None = None,
     *,
     base: Path | None = None,
+    decoder: Path | None = None,
     images: Path | None = None,
     detections: Path | None = None,
     tensor: int = 1,
@@ -38,6 +39,7 @@ def evaluate(
         to: JSON file for the result, written by rank 0, with pictures beside it (``.png``) where the suite gives some.
         num_samples: None takes the suite's own number.
         base: the base model's checkpoint, for suites that compare with its features; None takes the training's.
+        decoder: an image decoder's checkpoint or stage; None takes the one in the run's folder, if it has one.
         images: folder of the images that a suite writes; None takes ``to`` without its suffix.
         detections: boxes that a detector found in those images: they are scored, and no model is built.
 
@@ -56,12 +58,12 @@ def evaluate(
     if detections is not None:
         assert chosen.score_files is not None, f"suite {chosen.name} writes images that it cannot score"
         started = time.perf_counter()
-        report = _report(chosen, find_checkpoint(model_dir), chosen.score_files(samples), started)
+        report = _report(chosen, find_language_model(model_dir), chosen.score_files(samples), started)
         if to is not None:
             _write(report, (), to)
         return report
     with Generator.load(
-        model_dir, tensor=tensor, pipeline=pipeline, with_targets=chosen.needs_targets, base=base
+        model_dir, tensor=tensor, pipeline=pipeline, with_targets=chosen.needs_targets, base=base, decoder=decoder
     ) as generator:
         if chosen.draws and not generator.draws:
             raise UserError(

@@ -130,16 +130,19 @@ def run(generator: Generator, samples: GenEvalSamples) -> SuiteResult:
     )
 
 
-def _made_by(generator: Generator) -> str:
-    """The checkpoint, spelled the same from every folder."""
-    return str(Path(generator.origin).resolve())
+def _made_by(generator: Generator) -> dict[str, str]:
+    """The checkpoints of language model and image decoder, spelled the same from every folder."""
+    assert generator.painter is not None
+    origins = {"checkpoint": generator.origin, "decoder": generator.painter.origin}
+    return {name: str(Path(origin).resolve()) for name, origin in origins.items()}
 
 
-def missing_images(samples: GenEvalSamples, folder: Path, checkpoint: str) -> list[tuple[int, int, str]]:
+def missing_images(samples: GenEvalSamples, folder: Path, made_by: Mapping[str, str]) -> list[tuple[int, int, str]]:
     """Images that are not there, as ``GenEvalSamples.names`` has them.
 
     Raises:
-        UserError: the folder belongs to another metadata file or checkpoint: images of both would be scored together.
+        UserError: the folder belongs to another metadata file, checkpoint or decoder: images of both would be scored
+            together.
     """
     other = "give another folder as --images, or delete this one"
     for number, task in enumerate(samples.tasks):
@@ -150,8 +153,13 @@ def missing_images(samples: GenEvalSamples, folder: Path, checkpoint: str) -> li
     for task, image, name in samples.names():
         if not (folder / name).is_file():
             missing.append((task, image, name))
-        elif (made_by := read_settings(folder / name).get("checkpoint")) != checkpoint:
-            raise UserError(str(folder / name), f"was made by {made_by}, not by {checkpoint}; {other}")
+            continue
+        settings = read_settings(folder / name)
+        for part, wanted in made_by.items():
+            if settings.get(part) != wanted:
+                raise UserError(
+                    str(folder / name), f"was made by {part} {settings.get(part)}, not by {wanted}; {other}"
+                )
     return missing
 
 
@@ -181,7 +189,7 @@ def _make(generator: Generator, samples: GenEvalSamples, part: Sequence[tuple[in
                 "task": task,
                 "image": image,
                 "seed": settings.seed,
-                "checkpoint": _made_by(generator),
+                **_made_by(generator),
             },
         )
 
@@ -301,6 +309,7 @@ SUITE = Suite(
     num_samples=4,
     draws=True,
     needs_targets=False,
+    needs_pixels=True,
     load=load_tasks,
     run=run,
     with_files=with_files,

@@ -294,6 +294,7 @@ SUITE = Suite(
     num_samples=20,
     draws=True,
     needs_targets=True,
+    needs_pixels=True,
     load=load_samples,
     run=run,
 )

@@ -83,7 +83,7 @@ def run(generator: Generator, pairs: Sequence[CaptionItem]) -> SuiteResult:
         )
         for i in mine
     ]
-    answers = generator.answer(prompts, DecodeSettings(stop_after_image=True))
+    answers = generator.answer(prompts, DecodeSettings(stop_after_image=True, pixels=False))
     generated = [answer.images[0].visual_tokens.flatten().float() for answer in answers]
     return summarise(
         gather(generator, {i: compare(vector, candidates, i) for i, vector in zip(mine, generated, strict=True)})

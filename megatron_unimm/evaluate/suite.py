@@ -56,6 +56,8 @@ class Suite:
     DataError."""
     run: Callable[[Generator, Any], SuiteResult]
     """Scores the model on samples; called on all ranks, returns the same on all."""
+    needs_pixels: bool = False
+    """Whether an image decoder must make pictures of what the model draws."""
     with_files: Callable[[Any, SuiteFiles], Any] | None = None
     """The samples with the places of files, for a suite that writes images; it runs only from the command line."""
     score_files: Callable[[Any], SuiteResult] | None = None
@@ -76,7 +78,7 @@ def require_pixels(generator: Generator, suite: str) -> None:
         raise UserError(
             generator.origin,
             f"makes visual tokens, but suite {suite} judges pixels; train a diffusion decoder for them (a stage with "
-            "method.name: orion_decoder) and give its checkpoint",
+            "method.name: orion_decoder) and give its checkpoint as --decoder",
         )
 
 

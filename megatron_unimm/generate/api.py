@@ -99,12 +99,8 @@ class Generator:
             CheckpointError: no checkpoint there, or a damaged or foreign one.
             ConfigError: a layout that the model cannot have.
         """
-        directory = find_checkpoint(model_dir, lambda meta: not _is_decoder(meta))
+        directory = find_language_model(model_dir)
         meta = read_meta(directory)
-        if _is_decoder(meta):
-            raise UserError(
-                str(directory), "is an image decoder alone; give the run's folder, or a language model and --decoder"
-            )
         decoder_dir = _find_decoder(model_dir, decoder)
         trained = meta.get("kind") == "training"
         with_base = with_targets and (trained or base is not None)
@@ -223,7 +219,9 @@ class Generator:
                 )
                 answers |= {i: self._answer(stream) for i, stream in zip(places, streams, strict=True)}
         found = [answers[i] for i in range(len(prompts))]
-        return found if self.painter is None else self._painted(prompts, found, self.painter, settings)
+        if self.painter is None or not settings.pixels:
+            return found
+        return self._painted(prompts, found, self.painter, settings)
 
     def reconstruct(
         self, pictures: Sequence[np.ndarray], sampler: SamplerConfig | None = None, seed: int = 0
@@ -332,8 +330,27 @@ class Generator:
         return [chunk for chunk in self.chunks if isinstance(chunk, torch.nn.Module)]
 
 
+def find_language_model(model_dir: Path) -> Path:
+    """The checkpoint that answers: the one that a folder is, or the newest of a stage's or run's folder.
+
+    Raises:
+        UserError: it is one that can only draw.
+        CheckpointError: there is none.
+    """
+    directory = find_checkpoint(model_dir, lambda meta: not _draws_only(meta))
+    if _draws_only(read_meta(directory)):
+        raise UserError(
+            str(directory), "is an image decoder alone; give the run's folder, or a language model and --decoder"
+        )
+    return directory
+
+
+def _draws_only(meta: dict[str, Any]) -> bool:
+    return "mmdit" in meta.get("architecture", {})
+
+
 def _is_decoder(meta: dict[str, Any]) -> bool:
-    return "connector" in meta and "mmdit" in meta.get("architecture", {})
+    return "connector" in meta and _draws_only(meta)
 
 
 def _find_decoder(model_dir: Path, decoder: Path | None) -> Path | None:

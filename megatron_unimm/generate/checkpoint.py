@@ -40,9 +40,22 @@ def generation_stage(
     # No teacher; and where nothing trains, the model's own vision encoder is taken for the base model's.
     assert isinstance(stage.method, OrionConfig)
     stage.method.loss_weights.kl = 0.0
-    stage.train.trainable = [TrainableRule(pattern="*", train=with_base)]
-    stage.train.global_batch_size = world_size
+    stage.train = no_training(world_size, trains=with_base)
     return stage
+
+
+def no_training(world_size: int, trains: bool = False) -> TrainConfig:
+    """The section of a stage that only its layout is checked of.
+
+    Args:
+        trains: whether parameters count as trained.
+    """
+    return TrainConfig(
+        steps=1,
+        global_batch_size=world_size,
+        schedule=ScheduleConfig(max_learning_rate=1.0, min_learning_rate=0.0),
+        trainable=[TrainableRule(pattern="*", train=trains)],
+    )
 
 
 def _base_stage(meta: dict[str, Any]) -> StageConfig:
@@ -52,10 +65,5 @@ def _base_stage(meta: dict[str, Any]) -> StageConfig:
         name="base_model",
         model=ModelConfig.model_validate(meta["architecture"]),
         method=OrionConfig(vision_head=head),
-        train=TrainConfig(
-            steps=1,
-            global_batch_size=1,
-            schedule=ScheduleConfig(max_learning_rate=1.0, min_learning_rate=0.0),
-            trainable=[TrainableRule(pattern="*")],
-        ),
+        train=no_training(world_size=1),
     )

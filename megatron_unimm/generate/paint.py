@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
+from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.methods import OrionDecoderConfig
 from megatron_unimm.config.parallel import ParallelConfig, PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.config.train import TrainableRule
 from megatron_unimm.data import images
 from megatron_unimm.data.drawing import DrawingSample
 from megatron_unimm.data.packing import round_up
@@ -28,6 +28,7 @@ from megatron_unimm.errors import CheckpointError
 from megatron_unimm.flow.guidance import classifier_free, guided_at, renormalised, two_condition
 from megatron_unimm.flow.solvers import solve
 from megatron_unimm.flow.timesteps import timestep_grid
+from megatron_unimm.generate.checkpoint import no_training
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.generate.stages import StageLink
 from megatron_unimm.methods.orion.decoder.batch import Canvas
@@ -62,10 +63,17 @@ class Painter:
     Args:
         chunks: this rank's chunks of the decoder, in the order in which hidden states pass them.
         stage: the stage that trained it.
+        origin: checkpoint, for messages and files.
     """
 
     def __init__(
-        self, chunks: Sequence[OrionDecoderModel], stage: StageConfig, groups: ParallelGroups, platform: Platform
+        self,
+        chunks: Sequence[OrionDecoderModel],
+        stage: StageConfig,
+        groups: ParallelGroups,
+        platform: Platform,
+        *,
+        origin: str,
     ) -> None:
         assert isinstance(stage.method, OrionDecoderConfig)
         assert stage.generator is not None
@@ -74,6 +82,7 @@ class Painter:
         self.config = stage.method
         self.generator = stage.generator
         self.groups = groups
+        self.origin = origin
         self.device = platform.device
         self.dtype = DTYPES[stage.system.precision.dtype]
         self.link = StageLink(groups, platform.device, self.dtype, stage.generator.mmdit.hidden_size)
@@ -90,7 +99,7 @@ class Painter:
         base: Path | None = None,
     ) -> "Painter":
         """Build a checkpoint's decoder at the layout of ``groups``, with the running average of its weights where there
-        is one.
+        is one. The layout may be that of a language model in training.
 
         Args:
             dtype: None for the checkpoint's own.
@@ -99,18 +108,23 @@ class Painter:
 
         Raises:
             CheckpointError: it is no decoder's checkpoint, or damaged.
+            ConfigError: a layout that the decoder cannot have.
         """
         meta = read_meta(directory)
-        stage = _stage_of(directory, meta, groups.config, dtype)
+        stage = _stage_of(directory, meta, groups, dtype)
+        check_layout(stage, groups.world_size)
         base_dir = base if base is not None else Path(stage.base_checkpoint)
         has_tower = base_dir.is_dir()
         # A cache of features is what a stage without a vision encoder has.
         stage.data.feature_cache = "" if has_tower else "none"
-        chunk = OrionDecoderModel(stage, platform, groups).to(platform.device, DTYPES[stage.system.precision.dtype])
-        load_average([chunk], directory, groups)
+        chunks = [
+            OrionDecoderModel(stage, platform, groups, number).to(platform.device, DTYPES[stage.system.precision.dtype])
+            for number in range(groups.config.virtual_pipeline)
+        ]
+        load_average(chunks, directory, groups)
         if has_tower:
-            load_base([chunk], {"vision_encoder": base_dir}, groups)
-        return cls([chunk], stage, groups, platform)
+            load_base(chunks, {"vision_encoder": base_dir}, groups)
+        return cls(chunks, stage, groups, platform, origin=str(directory))
 
     @property
     def takes_sources(self) -> bool:
@@ -137,12 +151,11 @@ class Painter:
         by_size: dict[tuple[int, int], list[int]] = {}
         for place, request in enumerate(requests):
             by_size.setdefault(self.size_of(request.grid), []).append(place)
-        with decoding_mode(self.chunks):
-            for size, places in by_size.items():
-                for start in range(0, len(places), PICTURES_AT_A_TIME):
-                    chosen = places[start : start + PICTURES_AT_A_TIME]
-                    latents = self._draw([requests[place] for place in chosen], size, sampler, seed)
-                    done |= dict(zip(chosen, self._pictures(latents, size), strict=True))
+        for size, places in by_size.items():
+            for start in range(0, len(places), PICTURES_AT_A_TIME):
+                chosen = places[start : start + PICTURES_AT_A_TIME]
+                latents = self.latents([requests[place] for place in chosen], size, sampler, seed)
+                done |= dict(zip(chosen, self._pictures(latents, size), strict=True))
         return [done[place] for place in range(len(requests))]
 
     def visual_tokens(self, pictures: Sequence[np.ndarray], grids: np.ndarray) -> list[Tensor]:
@@ -197,9 +210,10 @@ class Painter:
         return (grids.prod(axis=1) // self.stage.model.vision_encoder.spatial_merge_size**2).tolist()
 
     def vae_round_trip(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures (uint8 (H, W, 3)) through the VAE and back, on every rank: the best that a decoder can do."""
+        """Pictures (uint8 (H, W, 3)) at the size that they are drawn at through the VAE and back, on every rank: the
+        best that a decoder can do."""
         found = []
-        for picture in pictures:
+        for picture in map(self._at_drawing_size, pictures):
             height, width = picture.shape[:2]
             pixels = torch.zeros(1, 3, height, width, dtype=self.dtype, device=self.device)
             if self.first is not None:
@@ -209,19 +223,28 @@ class Painter:
             found += self._shared(pixels)
         return found
 
+    def _at_drawing_size(self, picture: np.ndarray) -> np.ndarray:
+        """As training reads a picture that is drawn."""
+        rule = self.stage.data.drawing_size
+        assert rule is not None
+        width, height = images.target_size(picture.shape[1], picture.shape[0], rule, self.generator.token_pixels)
+        return images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
+
     # -- drawing
 
-    def _draw(
+    def latents(
         self, requests: Sequence[PaintRequest], size: tuple[int, int], sampler: SamplerConfig, seed: int
     ) -> Tensor:
         """Latents of pictures of one size, as patches ``[n, U, F]``, on every rank."""
         side = self.generator.token_pixels
         columns, rows = size[0] // side, size[1] // side
-        guided = _Guided(self, requests, (rows, columns), sampler)
-        noise = torch.stack([_noise(seed, request.number, rows * columns, guided.width) for request in requests])
+        width = self.generator.mmdit.patch_dim
+        noise = torch.stack([_noise(seed, request.number, rows * columns, width) for request in requests])
         grid = timestep_grid(sampler.steps, sampler.shift, rows * columns, sampler.spacing)
-        # The state stays in float32: many small steps would be lost in bfloat16.
-        return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
+        with decoding_mode(self.chunks):
+            guided = _Guided(self, requests, (rows, columns), sampler)
+            # The state stays in float32: many small steps would be lost in bfloat16.
+            return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
 
     def run(self, canvas: Canvas, condition: Tensor | None, state_UF: Tensor, timestep: Tensor) -> Tensor:
         """The velocity of all pictures of a canvas, ``[U, F]``, through all stages, on every rank.
@@ -261,7 +284,8 @@ class Painter:
         pixels = torch.zeros(count, 3, size[1], size[0], dtype=self.dtype, device=self.device)
         if self.first is not None:
             grids = from_patches(latents_nUF, size[1] // side, size[0] // side, self.generator.mmdit.patch_size)
-            pixels = torch.cat([decode(self.first.vae, grid) for grid in grids.to(self.dtype).split(8)])
+            with torch.no_grad():
+                pixels = torch.cat([decode(self.first.vae, grid) for grid in grids.to(self.dtype).split(8)])
         return self._shared(pixels)
 
     def _shared(self, pixels_BCHW: Tensor) -> list[np.ndarray]:
@@ -284,7 +308,6 @@ class _Guided:
     ) -> None:
         self.painter = painter
         self.sampler = sampler
-        self.width = painter.generator.mmdit.patch_dim
         with_sources = painter.takes_sources and any(request.sources for request in requests)
         scales = (sampler.guidance_scale, sampler.image_guidance_scale if with_sources else 1.0)
         self.num_conditions = 1 if scales == (1.0, 1.0) else 3 if with_sources else 2
@@ -366,19 +389,36 @@ def _noise(seed: int, number: int, tokens: int, width: int) -> Tensor:
     return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32))
 
 
-def _stage_of(directory: Path, meta: dict, parallel: ParallelConfig, dtype: Literal["float32"] | None) -> StageConfig:
-    """The stage that trained a decoder, at another layout and with nothing in it that only training needs."""
+def _stage_of(directory: Path, meta: dict, groups: ParallelGroups, dtype: Literal["float32"] | None) -> StageConfig:
+    """The stage that trained a decoder, at the layout of ``groups`` and with nothing in it that only training needs."""
     if "connector" not in meta or "config" not in meta:
         raise CheckpointError(
             str(directory), "is no image decoder's checkpoint; train one (method.name: orion_decoder)"
         )
     stage = StageConfig.model_validate(yaml.safe_load(meta["config"]))
+    assert stage.generator is not None
+    parallel = groups.config
+    chunks = parallel.pipeline * parallel.virtual_pipeline
     stage.system = SystemConfig(
         platform="auto",
-        parallel=ParallelConfig(tensor=parallel.tensor, pipeline=parallel.pipeline),
+        parallel=ParallelConfig(
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            virtual_pipeline=parallel.virtual_pipeline,
+            context=parallel.context,
+            layers_per_stage=_shared_out(stage.generator.mmdit.num_blocks, chunks),
+        ),
         precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
         timeout_minutes=stage.system.timeout_minutes,
     )
     stage.data.latent_cache = "none"  # nothing is compared with, so that the last stage needs no VAE
-    stage.train.trainable = [TrainableRule(pattern="*", train=False)]
+    stage.data.sequence_length += -stage.data.sequence_length % parallel.context  # as in generation_stage()
+    stage.train = no_training(groups.world_size)
     return stage
+
+
+def _shared_out(layers: int, chunks: int) -> list[int] | None:
+    """Layers of each of the chunks where they have not all as many; the first ones have one more."""
+    if layers % chunks == 0:
+        return None
+    return [layers // chunks + (number < layers % chunks) for number in range(chunks)]

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import decode
+from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.decode import GeneratedImage
-from megatron_unimm.generate.png import picture_grid, write_png
+from megatron_unimm.generate.png import Setting, picture_grid, write_png
 from megatron_unimm.generate.sampling import DecodeSettings
 
 MAX_IMAGE_PIXELS = 1 << 26
@@ -40,30 +41,33 @@ def write_pictures(
     captions: Sequence[str],
     numbers: Sequence[int],
     settings: DecodeSettings,
-    origin: str,
+    generator: Generator,
 ) -> list[Path]:
     """Write generated images with how they were made in their metadata: one to ``file``; several each to a file of its
     own, named after it, and all to ``file`` as a grid. Returns the files.
 
     Args:
         captions: what each was asked for. numbers: with the seed, fixes each one's noise.
-        origin: the checkpoint.
+        generator: what made them.
     """
+    assert generator.painter is not None, "only a model with an image decoder is asked for pictures"
+    made_by = {"checkpoint": generator.origin, "decoder": generator.painter.origin}
     files = [file] if len(pictures) == 1 else [file.with_stem(f"{file.stem}_{i:03d}") for i in range(len(pictures))]
     shown = []
     for path, picture, caption, number in zip(files, pictures, captions, numbers, strict=True):
-        assert picture.pixels is not None, "only a model with an image decoder is asked for pictures"
-        write_png(path, picture.pixels, _settings(caption, number, settings, origin))
+        assert picture.pixels is not None, "a generator that paints left an image without pixels"
+        write_png(path, picture.pixels, _settings(caption, number, settings) | made_by)
         shown.append(picture.pixels)
     if len(pictures) == 1:
         return files
-    write_png(file, picture_grid(shown, list(captions)), {"checkpoint": origin, "seed": settings.seed})
+    write_png(file, picture_grid(shown, list(captions)), {"seed": settings.seed, **made_by})
     return [file, *files]
 
 
-def _settings(caption: str, number: int, settings: DecodeSettings, origin: str) -> dict[str, str | int | float]:
-    found: dict[str, str | int | float] = {"prompt": caption, "seed": settings.seed, "number": number}
+def _settings(caption: str, number: int, settings: DecodeSettings) -> dict[str, Setting]:
+    found: dict[str, Setting] = {"prompt": caption, "seed": settings.seed, "number": number}
     if settings.sampler is not None:
         sampler = settings.sampler
-        found |= {"solver": sampler.solver, "steps": sampler.steps, "guidance_scale": sampler.guidance_scale}
-    return found | {"checkpoint": origin}
+        for name in ("solver", "steps", "guidance_scale", "image_guidance_scale"):
+            found[name] = vars(sampler)[name]
+    return found

@@ -25,6 +25,8 @@ class DecodeSettings:
     """Whether the answer may hold images."""
     stop_after_image: bool = False
     """End an answer with its first image."""
+    pixels: bool = True
+    """Whether images get pixels, where there is an image decoder."""
     sampler: SamplerConfig | None = None
     """How an image decoder draws; None for its recipe's."""
 

@@ -21,7 +21,7 @@ class WeightAverage:
     Each data-parallel rank keeps the average of its shard of the fp32 master weights. Nothing waits for the device.
     """
 
-    def __init__(self, optimizer: ChainedOptimizer, decay: float) -> None:
+    def __init__(self, optimizer: ChainedOptimizer, decay: float, device: torch.device) -> None:
         self.optimizer = optimizer
         self.decay = decay
         parts = [part.optimizer for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
@@ -29,16 +29,16 @@ class WeightAverage:
         self.weights = [weight for _, weight in owned]
         self._owners = [part for part, _ in owned]
         self.average = [weight.detach().clone() for weight in self.weights]
-        device = self.weights[0].device if self.weights else torch.device("cpu")
         self.steps = torch.zeros((), device=device)
+        """Steps that were taken: counted on every rank, also where nothing trains, since the first rank saves them."""
 
     @torch.no_grad()
     def update(self, skip: Tensor) -> None:
         """After a step; ``skip`` is 1.0 where the update was left out."""
-        if not self.weights:
-            return
         taken = 1.0 - skip.reshape(())
         self.steps += taken
+        if not self.weights:
+            return
         share = 1.0 - torch.clamp((1.0 + self.steps) / (10.0 + self.steps), max=self.decay)
         differences = torch._foreach_sub(self.weights, self.average)
         torch._foreach_mul_(differences, share * taken)

@@ -71,10 +71,11 @@ def open_caches(stage: StageConfig, groups: ParallelGroups) -> tuple[FeatureStor
 
 def _open(folder: str, expected: FeatureMeta) -> FeatureStore:
     store = FeatureStore(Path(folder))
-    for field in ("encoder", "weights", "dtype"):
+    for field in ("encoder", "weights", "dtype", "width"):
         ours, theirs = vars(expected)[field], vars(store.meta)[field]
         if ours != theirs:
-            what = f"{field} differs: " + (f"{theirs} there, {ours} here" if field == "dtype" else "of another model")
+            in_words = field in ("dtype", "width")
+            what = f"{field} differs: " + (f"{theirs} there, {ours} here" if in_words else "of another model")
             raise CheckpointError(str(store.folder), f"{what}; make it again with unimm data cache")
     return store
 

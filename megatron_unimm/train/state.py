@@ -267,7 +267,8 @@ class Checkpointer:
         unread = (f"{AVERAGE_PREFIX}*",) if self.average is None else ()
         state = load(self._state(is_loading=True), directory, may_be_unread=unread)
         if self.average is not None:
-            self.average.load(state["optimizer"], state["average"], meta["average_steps"])
+            # Loading leaves out what is empty: the average of a stage of the pipeline in which nothing trains.
+            self.average.load(state["optimizer"], state.get("average", {}), meta["average_steps"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
         for wrapped in self.wrapped:

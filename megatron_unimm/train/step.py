@@ -67,7 +67,7 @@ class TrainStep:
         self.worst = torch.zeros(len(self.meter.tensor_names), device=platform.device)
         """Norm per tensor of the last skipped step, to name the worst."""
         decay = stage.train.ema_decay
-        self.average = WeightAverage(optimizer, decay) if decay is not None else None
+        self.average = WeightAverage(optimizer, decay, platform.device) if decay is not None else None
         self._weights = torch.tensor(method.weights, device=platform.device)
         self._schedule = get_forward_backward_func(stage.system.parallel.pipeline, _virtual(stage))
         config = chunks[0].module.config

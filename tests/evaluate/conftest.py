@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "generate"))
 
 from tiny_checkpoint import make_checkpoints
+from tiny_decoder import make_all
 
 from megatron_unimm.generate.api import Generator
 
@@ -19,6 +20,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the tiny checkpoints: base, run."""
     folder = tmp_path_factory.mktemp("tiny")
     make_checkpoints(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny run that draws: base, generator, run with its stages sft and decoder."""
+    folder = tmp_path_factory.mktemp("drawing")
+    make_all(folder)
     return folder
 
 

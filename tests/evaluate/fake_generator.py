@@ -25,13 +25,6 @@ class Asked:
     number: int
 
 
-@dataclass(frozen=True)
-class Painted(GeneratedImage):
-    """A generated image with its pixels."""
-
-    pixels: np.ndarray | None = None
-
-
 def same(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     """A decoder, or a VAE, that loses nothing."""
     return list(pictures)
@@ -48,10 +41,12 @@ class FakeGenerator:
         vae_round_trip: Callable[[Sequence[np.ndarray]], list[np.ndarray]] = same,
         paints: bool = True,
         origin: str = "runs/fake",
+        decoder: str = "runs/fake/decoder",
     ) -> None:
         self.paint, self.say = paint, say
         self.reconstruct, self.vae_round_trip = reconstruct, vae_round_trip
         self.paints, self.draws, self.origin = paints, True, origin
+        self.painter = SimpleNamespace(origin=decoder) if paints else None
         self.asked: list[Asked] = []
         self.groups = SimpleNamespace(
             config=SimpleNamespace(expert=1),
@@ -86,7 +81,7 @@ class FakeGenerator:
         if not asked.open_image:
             return Answer([], self.say(asked), (), (), True)
         pixels = self.paint(asked) if self.paints else None
-        return Answer([], "", (0,), (Painted(torch.zeros(1, 1), np.array([1, 2, 2]), pixels),), True)
+        return Answer([], "", (0,), (GeneratedImage(torch.zeros(1, 1), np.array([1, 2, 2]), pixels),), True)
 
 
 _WORLDS = itertools.count()

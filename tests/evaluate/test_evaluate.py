@@ -1,18 +1,25 @@
 """Scoring checkpoints from the command line, and a model that trains."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_checkpoint import V, picture, stage_config
 
 from megatron_unimm.cli import main
 from megatron_unimm.cli.evaluate import evaluate as command
 from megatron_unimm.data.shapes import write_shapes
 from megatron_unimm.errors import ConfigError
+from megatron_unimm.evaluate.api import evaluate
+from megatron_unimm.evaluate.suite import SHEET_COLUMNS
 from megatron_unimm.evaluate.suites import SUITES, suite_of
 from megatron_unimm.generate.api import Generator
+from megatron_unimm.generate.paint import Painter, PaintRequest
+from megatron_unimm.generate.png import ENLARGED_SIDE, read_settings
 from megatron_unimm.train.callbacks.evaluator import Evaluator
 
 WITHOUT_PIXELS = ("shapes_qa", "shapes_retrieval")
@@ -41,6 +48,76 @@ def test_scores_a_checkpoint(tiny: Path, tmp_path: Path, suite: str, capsys: pyt
     assert 0 <= result["scores"]["accuracy"] <= 0.2
     assert result["seconds"] > 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_scores_pictures(drawing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Suite shapes from end to end: drawn, reconstructed and edited pictures, answers, a sheet of pictures. Weights are
+    random, so only the scorer itself is right."""
+    to = tmp_path / "shapes.json"
+    words = ["evaluate", "--suite", "shapes", "--num-samples", "1", "--to", str(to)]
+    assert main.run([*words, "--model", str(drawing / "run")]) == 0
+    result = json.loads(to.read_text())
+    scores = result["scores"]
+    assert next(iter(scores)) == "overall"
+    assert result["checkpoint"] == str(drawing / "run/sft/checkpoints/step_00000001")
+    assert scores["overall_scorer"] == 1
+    assert max(scores["overall"], scores["overall_decoder"], scores["editing"]) <= 0.2
+    assert 3 < scores["reconstruction_psnr"] < 15
+    assert (result["counts"]["prompts"], result["counts"]["edits"]) == (6, 5)
+    assert "overall_scorer" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "shapes.png"))
+    # Four rows of six pictures, and two of edits in pairs.
+    assert sheet.shape[0] > 6 * ENLARGED_SIDE
+    assert sheet.shape[1] > SHEET_COLUMNS * ENLARGED_SIDE
+    assert read_settings(tmp_path / "shapes.png")["suite"] == "shapes"
+
+
+def test_a_decoder_that_is_given(drawing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It makes pictures of what another run's model generates; the folder of images remembers whose they are."""
+    metadata = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(metadata))
+    files = ["--data", str(tmp_path / "list.jsonl"), "--to", str(tmp_path / "out.json"), "--num-samples", "2"]
+    words = ["evaluate", "--suite", "geneval_images", "--model", str(drawing / "run/sft"), *files]
+    assert main.run(words) == 2
+    assert "give its checkpoint as --decoder" in capsys.readouterr().err
+    assert main.run([*words, "--decoder", str(drawing / "run/decoder")]) == 0
+    image = tmp_path / "out/00000/samples/0001.png"
+    settings = read_settings(image)
+    assert settings["checkpoint"] == str(drawing / "run/sft/checkpoints/step_00000001")
+    assert settings["decoder"] == str(drawing / "run/decoder/checkpoints/step_00000001")
+    copied = shutil.copytree(drawing / "run/decoder/checkpoints/step_00000001", tmp_path / "other")
+    capsys.readouterr()
+    assert main.run([*words, "--decoder", str(copied)]) == 2
+    assert f"was made by decoder {settings['decoder']}, not by {copied}" in capsys.readouterr().err
+
+
+def test_a_suite_of_visual_tokens_has_nothing_painted(
+    drawing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PaintRequest] = []
+    monkeypatch.setattr(Painter, "paint", lambda self, requests, *_: asked.extend(requests) or [])
+    for suite in WITHOUT_PIXELS:
+        words = ["--model", str(drawing / "run"), "--suite", suite, "--to", str(tmp_path / "x.json")]
+        assert main.run(["evaluate", *words, "--num-samples", "6"]) == 0
+    assert not asked
+
+
+def test_boxes_are_scored_as_the_language_model_s(drawing: Path, tmp_path: Path) -> None:
+    """Not as those of the newest checkpoint of the run, which is the decoder's."""
+    metadata = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(metadata))
+    box = {"class": "bench", "score": 0.9, "box": [1, 2, 30, 40]}
+    (tmp_path / "boxes.json").write_text(json.dumps({"00000/samples/0000.png": [box]}))
+    report = evaluate(
+        drawing / "run",
+        "geneval_images",
+        tmp_path / "list.jsonl",
+        tmp_path / "out.json",
+        1,
+        detections=tmp_path / "boxes.json",
+    )
+    assert report["checkpoint"] == str(drawing / "run/sft/checkpoints/step_00000001")
+    assert report["scores"]["overall"] == 1
 
 
 def test_targets_are_the_base_model_s(tiny: Path, generator: Generator) -> None:
@@ -90,7 +167,7 @@ def test_scores_while_training(tiny: Path, tmp_path: Path) -> None:
     ]
     common = [
         "train.steps=5",
-        "train.global_batch_size=4",
+        "stages.sft.train.global_batch_size=4",
         "train.logging.every_steps=1",
         "train.logging.tensorboard=false",
     ]

@@ -276,7 +276,11 @@ def test_an_interrupted_run_goes_on(metadata: Path, tmp_path: Path) -> None:
 def test_images_of_two_origins_are_not_mixed(metadata: Path, tmp_path: Path) -> None:
     geneval_images.run(FakeGenerator(noise), samples(metadata, 1, tmp_path))  # type: ignore[arg-type]
     other = FakeGenerator(noise, origin="runs/other")
-    with pytest.raises(UserError, match=r"00000/samples/0000\.png: was made by .*runs/fake, not by .*runs/other"):
+    first = r"00000/samples/0000\.png: was made by"
+    with pytest.raises(UserError, match=first + " checkpoint .*runs/fake, not by .*runs/other"):
+        geneval_images.run(other, samples(metadata, 1, tmp_path))  # type: ignore[arg-type]
+    other = FakeGenerator(noise, decoder="runs/other_decoder")
+    with pytest.raises(UserError, match=first + " decoder .*runs/fake/decoder, not by .*runs/other_decoder"):
         geneval_images.run(other, samples(metadata, 1, tmp_path))  # type: ignore[arg-type]
     metadata.write_text("".join(f"{json.dumps(line)}\n" for line in LINES[::-1]))
     with pytest.raises(UserError, match="is not line 1 of the metadata file"):

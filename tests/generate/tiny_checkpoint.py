@@ -22,9 +22,9 @@ V = 16
 HIDDEN = 64
 
 
-def stage_config(base: Path, *overrides: str) -> StageConfig:
-    """The Shapes recipe's SFT stage with a small four-layer model."""
-    small = [
+def small_model(base: Path) -> list[str]:
+    """Overrides of the Shapes recipe that make its language model small, with four layers."""
+    return [
         "model.vision_encoder.num_layers=2",
         "model.vision_encoder.hidden_size=32",
         "model.vision_encoder.mlp_size=48",
@@ -43,7 +43,11 @@ def stage_config(base: Path, *overrides: str) -> StageConfig:
         "system.parallel.sequence=false",
         "system.cpu_threads=1",
     ]
-    return load_recipe(REPO / "configs/orion/shapes.yaml", [*small, *overrides]).stages["sft"]
+
+
+def stage_config(base: Path, *overrides: str) -> StageConfig:
+    """The recipe's SFT stage with the small model."""
+    return load_recipe(REPO / "configs/orion/shapes.yaml", [*small_model(base), *overrides]).stages["sft"]
 
 
 # Three levels for four layers: one travels between two stages, two between four chunks.

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_unimm.checkpoint.manifest import find_checkpoint
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import ConfigError
 from megatron_unimm.evaluate.suite import SuiteResult
 from megatron_unimm.evaluate.suites import suite_of
 from megatron_unimm.generate.api import Generator
+from megatron_unimm.generate.paint import Painter
 from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.record import Record
@@ -45,6 +47,13 @@ class Evaluator(Callback):
         data = Path(self.settings.data) if self.settings.data else None
         self.samples = {suite.name: suite.load(data, self.settings.num_samples) for suite in self.suites}
         self._done_at = 0
+        self.painter: Painter | None = None
+        painting = [suite.name for suite in self.suites if suite.needs_pixels]
+        if painting and not stage.train.logging.decoder:
+            raise ConfigError(
+                "train.evaluation.suites",
+                f"{', '.join(painting)} judges pixels; give an image decoder's checkpoint as train.logging.decoder",
+            )
         self._generator: Generator | None = None
         if self.suites and stage.system.overlap.tensor_parallel:
             raise ConfigError(
@@ -112,6 +121,8 @@ class Evaluator(Callback):
     def _live(self, loop: Loop) -> Generator:
         if self._generator is None:
             chunks = [wrapped.module for wrapped in loop.train_step.chunks]
+            if any(suite.needs_pixels for suite in self.suites):
+                self.painter = load_painter(loop)
             self._generator = Generator(
                 chunks,
                 loop.stage,
@@ -120,8 +131,15 @@ class Evaluator(Callback):
                 chat_format(loop.stage),
                 draws=True,
                 origin=loop.stage.name,
+                painter=self.painter,
             )
         return self._generator
+
+
+def load_painter(loop: Loop) -> Painter:
+    """The decoder that ``train.logging.decoder`` names, at the layout of the training."""
+    directory = find_checkpoint(Path(loop.stage.train.logging.decoder))
+    return Painter.load(directory, loop.groups, loop.platform, None if loop.platform.is_gpu else "float32")
 
 
 @contextmanager

@@ -1,10 +1,7 @@
 """Pictures in monitoring: what the model draws while it trains, always of the same prompts or pictures."""
 
-from pathlib import Path
-
 import numpy as np
 
-from megatron_unimm.checkpoint.manifest import find_checkpoint
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.decode.build import build_decoder
 from megatron_unimm.data.drawing import DrawingWork
@@ -15,7 +12,7 @@ from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.paint import Painter, PaintRequest
 from megatron_unimm.generate.png import picture_grid
 from megatron_unimm.generate.sampling import DecodeSettings
-from megatron_unimm.train.callbacks.evaluator import gathered_parameters
+from megatron_unimm.train.callbacks.evaluator import gathered_parameters, load_painter
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.setup import chat_format
 
@@ -49,7 +46,7 @@ class PictureSamples:
     def _draw_again(self, loop: Loop) -> np.ndarray:
         if self._painter is None:
             chunks = [wrapped.module for wrapped in loop.train_step.chunks]
-            self._painter = Painter(chunks, loop.stage, loop.groups, loop.platform)
+            self._painter = Painter(chunks, loop.stage, loop.groups, loop.platform, origin=loop.stage.name)
             self._truth = _first_pictures(loop, self._painter, self.logging.num_pictures)
         drawn = self._painter.paint([request for _, request in self._truth])
         pairs = [picture for (truth, _), again in zip(self._truth, drawn, strict=True) for picture in (truth, again)]
@@ -57,9 +54,7 @@ class PictureSamples:
 
     def _draw_prompts(self, loop: Loop) -> np.ndarray:
         if self._generator is None:
-            stage, directory = loop.stage, find_checkpoint(Path(self.logging.decoder))
-            dtype = None if loop.platform.is_gpu else "float32"
-            painter = Painter.load(directory, loop.groups, loop.platform, dtype)
+            stage = loop.stage
             chunks = [wrapped.module for wrapped in loop.train_step.chunks]
             self._generator = Generator(
                 chunks,
@@ -69,7 +64,7 @@ class PictureSamples:
                 chat_format(stage),
                 draws=True,
                 origin=stage.name,
-                painter=painter,
+                painter=load_painter(loop),
             )
         prompts = self.logging.picture_prompts
         asked = [

@@ -1,49 +1,99 @@
-"""Model FLOPs of the image decoder's rows: what is counted and how is said in ``models/flops.py``."""
+"""Model FLOPs of the image decoder's rows: what is counted and how is said in ``models/flops.py``.
+
+Counted are all products of the diffusion transformer and of the frozen vision encoder. Left out are the VAE, whose
+convolutions are no matrix products, and the connector, two layers on the condition's tokens.
+
+Legend  T tokens of the row (padding included), T_image of its image stream, T_text of its text stream, n pictures, H
+hidden size, C width of the condition, P of the pooled one, F values of a patch of latents.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig
+from megatron_unimm.config.mmdit import FluxConfig, MMDiT
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample
 from megatron_unimm.models.flops import Work, vision_work
+from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
 from megatron_unimm.models.trainable import is_frozen
 
 
+@dataclass(frozen=True)
+class MMDiTLoad:
+    """What a row, or a part of one, asks of the diffusion transformer."""
+
+    num_text: int
+    num_image: int
+    num_pictures: int
+    joint_pairs: float
+    """(query, key) pairs of the joint attention: Σ (V + U)² over pictures."""
+    image_pairs: float
+    """Of the image's attention to itself: Σ U²."""
+
+
 def row_flops(row: DrawingRow, stage: StageConfig) -> float:
-    """Forward and backward of the diffusion transformer on one row, and the frozen vision encoder's forward pass. The
-    VAE and the connector are not counted: the first is no matrix product to speak of, the second is two layers."""
-    model = stage.generator
-    assert model is not None
-    pairs = float(((row.num_condition + row.pictures.prod(axis=1)) ** 2).sum())
-    trains = not is_frozen("mmdit", stage.train.trainable)
-    total = mmdit_work(model, row.num_text, row.num_tokens - row.num_text, pairs).cost(trains, passes_gradient=True)
-    return total + _tower(row.grids, stage)
+    """Model FLOPs of one row, forward and backward, over all ranks that share it."""
+    return mmdit_flops(row, stage) + _tower(row.grids, stage)
 
 
 def sample_flops(sample: DrawingSample, stage: StageConfig) -> float:
-    """What a sample costs beyond its tokens' share of a row: attention among its tokens, the vision encoder."""
-    model = stage.generator
-    assert model is not None
-    trains = not is_frozen("mmdit", stage.train.trainable)
-    return mmdit_work(model, 0, 0, float(len(sample) ** 2)).cost(trains, True) + _tower(sample.grids, stage)
+    """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vector, the
+    vision encoder."""
+    load = MMDiTLoad(0, 0, 1, float(len(sample) ** 2), float(sample.num_picture**2))
+    return _mmdit_cost(load, stage) + _tower(sample.grids, stage)
 
 
-def mmdit_work(model: ImageGeneratorConfig, num_text: int, num_image: int, pairs: float) -> Work:
-    """The diffusion transformer's layers.
+def mmdit_flops(row: DrawingRow, stage: StageConfig) -> float:
+    """The diffusion transformer's part of :func:`row_flops`."""
+    tokens = row.pictures.prod(axis=1)
+    joint_pairs = float(((row.num_condition + tokens) ** 2).sum())
+    num_image = row.num_tokens - row.num_text
+    load = MMDiTLoad(row.num_text, num_image, len(tokens), joint_pairs, float((tokens**2).sum()))
+    return _mmdit_cost(load, stage)
 
-    Per joint block and token: QKV 2 · 3 H², output 2 H², MLP 2 · 8 H²; text has none of the last two in SD3's last
-    block. A second attention adds QKV, output and the image's own pairs, counted as all pairs. Per single block and
-    token the same 2 · 12 H². Attention 4 pairs H. Modulations are products of a few rows and are left out, like
-    embeddings.
+
+def _mmdit_cost(load: MMDiTLoad, stage: StageConfig) -> float:
+    """Embeddings, each by what can train before it, and all that follows them.
+
+    Patches 2 T_image F H; condition 2 T_text C H; per picture the timestep's vector 2 · 256 H + 2 H² (the guidance
+    scale's again), and the pooled condition's 2 P H + 2 H².
     """
-    mmdit = model.mmdit
-    hidden, tokens = mmdit.hidden_size, float(num_text + num_image)
-    block = Work(24.0 * tokens * hidden**2, 4 * pairs * hidden)
+    assert stage.generator is not None
+    mmdit, rules = stage.generator.mmdit, stage.train.trainable
+    trains, connector_trains = not is_frozen("mmdit", rules), not is_frozen("connector", rules)
+    hidden, count = mmdit.hidden_size, float(load.num_pictures)
+    sinusoids = count * (1 + mmdit.guidance)
+    data = Work(2 * hidden * (load.num_image * float(mmdit.patch_dim) + sinusoids * 2 * NUM_FREQUENCIES))
+    condition = Work(2 * hidden * (load.num_text * float(mmdit.condition_size) + count * mmdit.pooled_size))
+    behind_data, behind_condition = Work(2 * sinusoids * hidden**2), Work(2 * count * hidden**2)
+    either = trains or connector_trains
+    return (
+        data.cost(trains, passes_gradient=False)
+        + behind_data.cost(trains, trains)
+        + condition.cost(trains, connector_trains)
+        + (behind_condition + mmdit_work(mmdit, load)).cost(trains, either)
+    )
+
+
+def mmdit_work(mmdit: MMDiT, load: MMDiTLoad) -> Work:
+    """The blocks and the end.
+
+    Joint block: per token QKV 2 · 3 H², output 2 H², MLP 2 · 8 H²; attention 4 pairs H; per picture and stream a
+    modulation 2 · 6 H². SD3's last block takes only QKV from the text, whose modulation is 2 · 2 H². A second attention
+    has QKV, output and pairs of the image alone, and adds 2 · 3 H² to its modulation. Single block: per token the same
+    2 · 12 H², and per picture 2 · 3 H². The end: 2 · 2 H² per picture and 2 T_image H F.
+    """
+    square, hidden, count = 2.0 * mmdit.hidden_size**2, mmdit.hidden_size, load.num_pictures
+    block = Work(12 * square * (load.num_text + load.num_image), 4 * load.joint_pairs * hidden)
+    joint = block + Work(12 * square * count)
+    end = Work(2 * square * count + 2.0 * load.num_image * hidden * mmdit.patch_dim)
     if isinstance(mmdit, FluxConfig):
-        return block.times(mmdit.num_blocks)
-    dual = Work(8.0 * num_image * hidden**2, 4 * pairs * hidden).times(len(mmdit.dual_attention_layers))
-    last_text = Work(-18.0 * num_text * hidden**2)
-    return block.times(mmdit.num_layers) + dual + last_text
+        single = block + Work(3 * square * count)
+        return joint.times(mmdit.num_layers) + single.times(mmdit.num_single_layers) + end
+    second = Work(square * (4 * load.num_image + 3 * count), 4 * load.image_pairs * hidden)
+    last_text = Work(-square * (9 * load.num_text + 4 * count))
+    return joint.times(mmdit.num_layers) + second.times(len(mmdit.dual_attention_layers)) + last_text + end
 
 
 def _tower(grids: np.ndarray, stage: StageConfig) -> float:

@@ -12,7 +12,7 @@ from megatron_unimm.config.methods import OrionDecoderConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample, DrawingWork
 from megatron_unimm.data.packing import round_up
-from megatron_unimm.data.sizes import smallest_area
+from megatron_unimm.data.sizes import check_size, smallest_area
 from megatron_unimm.flow.timesteps import timesteps_of
 from megatron_unimm.flow.weighting import weights_of
 from megatron_unimm.methods.interface import DataSetup
@@ -50,7 +50,16 @@ class OrionDecoder:
         return OrionDecoderModel(self.stage, self.platform, self.groups, virtual_stage)
 
     def work(self, data: DataSetup) -> DrawingWork:
-        """Pictures with conditions."""
+        """Pictures with conditions.
+
+        Raises:
+            ConfigError: a size that is no whole number of tokens.
+        """
+        sizes, encoder = self.stage.data, self.stage.model.vision_encoder
+        assert sizes.drawing_size is not None
+        check_size(sizes.drawing_size, self.generator.token_pixels, "data.drawing_size")
+        check_size(sizes.generation_size, encoder.token_pixels, "data.generation_size")
+        check_size(sizes.understanding_size, encoder.token_pixels, "data.understanding_size")
         return DrawingWork(
             generator=self.generator,
             encoder=self.stage.model.vision_encoder,

@@ -163,8 +163,8 @@ class OrionDecoderModel(StageModel):
         assert batch.pictures is not None
         assert batch.condition is not None
         assert latents is not None
-        t = batch.timestep.index_select(0, batch.canvas.picture_of_token).to(latents.dtype)  # [U]
-        noisy = interpolate(latents, batch.pictures.noise, t)  # [U, F]
+        t = batch.timestep.index_select(0, batch.canvas.picture_of_token)  # [U], in float32: see flow/path.py
+        noisy = interpolate(latents, batch.pictures.noise, t).to(latents.dtype)  # [U, F]
         condition = self.condition(self._visual_tokens(batch.condition), batch.condition)  # [V, C]
         return self.mmdit_input(batch.canvas, condition, noisy, batch.timestep)
 
@@ -203,7 +203,7 @@ class OrionDecoderModel(StageModel):
         assert batch.pictures is not None
         assert batch.loss is not None
         assert latents is not None
-        target = flow_velocity(latents, batch.pictures.noise)  # [U, F]
+        target = flow_velocity(latents.float(), batch.pictures.noise.float())  # [U, F]
         num_image = len(batch.canvas.image_index) * self.groups.config.context
         target = padded_to(target, num_image).index_select(0, batch.canvas.image_index)  # [t_image, F]
         return flow_matching_loss(velocity_tF, target, batch.loss.weight, batch.loss.counted, batch.loss.bins)
