@@ -55,7 +55,8 @@ class OrionDecoderConfig(Section):
     sampler: SamplerConfig = SamplerConfig(guidance_scale=1.0)
     """How pictures are drawn unless the command says otherwise."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of samples that are drawn from no condition (zeros for visual tokens), for classifier-free guidance."""
+    """Share of samples that are drawn from no condition (zeros for visual tokens), for classifier-free guidance; of
+    edits, half of these keep their sources."""
     embedded_guidance: float = Field(default=3.5, ge=0)
     """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
 

@@ -56,8 +56,11 @@ class DrawingSample:
     uniform: float
     """In (0, 1): becomes the timestep by the stage's distribution."""
     unconditional: bool
-    """The condition is left out."""
+    """The picture's own visual tokens are left out of the condition."""
     noise_seed: int
+    sources_kept: bool = False
+    """Then those of its sources stay, so that both halves of an edit's guidance are learned (InstructPix2Pix,
+    arXiv 2211.09800, section 3.2.1)."""
     learned: bool = True
     """False where an image is broken."""
     patches: np.ndarray | None = None
@@ -93,6 +96,8 @@ class DrawingRow:
     uniform: np.ndarray
     """float64 [n]."""
     unconditional: np.ndarray
+    """bool [n]."""
+    sources_kept: np.ndarray
     """bool [n]."""
     learned: np.ndarray
     """bool [n]."""
@@ -186,6 +191,7 @@ class DrawingWork:
             uniform=float(generator.uniform(1e-7, 1 - 1e-7)),
             unconditional=bool(generator.random() < self.condition_dropout),
             noise_seed=int(generator.integers(1 << 63)),
+            sources_kept=bool(generator.random() < 0.5),
         )
         if len(layout) > self.room:
             row = self.data.sequence_length
@@ -267,6 +273,7 @@ class DrawingWork:
             pictures=np.array([sample.picture for sample in samples], dtype=np.int64).reshape(-1, 2),
             uniform=np.array([sample.uniform for sample in samples], dtype=np.float64),
             unconditional=np.array([sample.unconditional for sample in samples], dtype=bool),
+            sources_kept=np.array([sample.sources_kept for sample in samples], dtype=bool),
             learned=np.array([sample.learned for sample in samples], dtype=bool),
             grids=np.concatenate([np.zeros((0, 3), dtype=np.int64), *(sample.grids for sample in samples)]),
             is_source=np.array([place > 0 for sample in samples for place in range(len(sample.grids))], dtype=bool),

@@ -212,6 +212,17 @@ def test_what_a_condition_does(sources: bool, repo: Path, world: World) -> None:
             assert torch.equal(after[changed], before[changed]) == pair[number].unconditional
 
 
+def test_sources_may_stay_where_the_picture_is_left_out(repo: Path, world: World) -> None:
+    """Then the sources' visual tokens count, and the picture's own do not."""
+    stage = small_decoder(repo, SOURCES)
+    step = decoder_step(stage, world)
+    sample = replace(make_picture(stage, "a", (2, 2), [(4, 4), (4, 4)], unconditional=True), sources_kept=True)
+    before = velocity(step, row_of(stage, [sample], world))
+    own, source = (velocity(step, row_of(stage, [repainted(sample, at, at + 16)], world)) for at in (0, 16))
+    assert torch.equal(own, before)
+    assert not torch.equal(source, before)
+
+
 def test_sources_are_told_from_the_picture(repo: Path, world: World) -> None:
     """The connector's vector marks them, in unconditional pictures too, and gets gradients; without
     ``connector.sources`` there is none and a source is no part of the condition."""

@@ -133,13 +133,14 @@ class OrionDecoder:
     def _condition(self, row: DrawingRow, place: Place) -> ConditionInput:
         encoder = self.stage.model.vision_encoder
         tokens = row.grids.prod(axis=1) // encoder.spatial_merge_size**2  # of each condition image
+        is_source = np.repeat(row.is_source, tokens)
         kept = np.repeat(~row.unconditional, row.num_condition)
+        kept |= is_source & np.repeat(row.sources_kept, row.num_condition)
         images = features = None
         if row.features is not None:
             features = _stored(row.features, place)
         elif len(row.grids):
             images = VisionInput.build(row.patches, row.grids, encoder, place.device, place.dtype)
-        is_source = np.repeat(row.is_source, tokens)
         return ConditionInput(images, features, _floats(kept, place), _floats(is_source, place))
 
     def _pictures(self, row: DrawingRow, place: Place) -> PictureInput:
