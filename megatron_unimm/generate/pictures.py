@@ -60,7 +60,10 @@ def write_pictures(
         shown.append(picture.pixels)
     if len(pictures) == 1:
         return files
-    write_png(file, picture_grid(shown, list(captions)), {"seed": settings.seed, **made_by})
+    # Several pictures of several prompts: a row each.
+    of_one = len(pictures) // len(set(captions))
+    columns = of_one if 1 < of_one < len(pictures) else None
+    write_png(file, picture_grid(shown, list(captions), columns), {"seed": settings.seed, **made_by})
     return [file, *files]
 
 
