@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ORION end to end in the Shapes world, on a machine with nothing but Python 3.11 and a package index: makes its environment,
-# the data and the base checkpoints, trains the paper's three stages on two ranks (tensor and sequence parallel) and its image
-# decoder (data parallel), draws, and prints what came of it. Needs no GPU and uses those that are there.
+# the data and the base checkpoints, trains the paper's three stages and its image decoder on two ranks (tensor and sequence
+# parallel, then data parallel), draws, and prints what came of it. Needs no GPU and uses those that are there.
 #
 #   launchers/quickstart.sh                    into runs/quickstart; started again, it goes on where it was
 #   launchers/quickstart.sh train.steps=20     any recipe setting, for all three stages
@@ -49,7 +49,7 @@ ranks=2
 declare -A layout=(
     [warm_up]="system.parallel.tensor=2 system.parallel.sequence=true"
     [pretrain]="data.sequence_length=2304"
-    [sft]="system.parallel.tensor=2 system.parallel.sequence=true"
+    [sft]="data.sequence_length=2304"
     [decoder]=""
 )
 if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" == 1 ]]; then
