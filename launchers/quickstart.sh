@@ -56,7 +56,7 @@ if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" ==
     ranks=1
     layout=()
 fi
-# A fraction of the recipe's steps; FULL=1 takes all of them (about an hour on two cores).
+# A fraction of the recipe's steps; FULL=1 takes all of them.
 declare -A steps=([warm_up]=50 [pretrain]=600 [sft]=100 [decoder]=350)
 for stage in warm_up pretrain sft decoder; do
     step "Stage $stage on $ranks ranks"

@@ -19,6 +19,9 @@ from megatron_unimm.checkpoint.torch_dist import Index, write_index
 HF_FOLDER = "hf"
 """Folder inside a checkpoint with the config and tokenizer files of the Hugging Face model."""
 
+AVERAGE_PREFIX = "optimizer.average."
+"""Before the names of tensors that are running averages of the weights."""
+
 Part = tuple[Index, dict[str, FileRecord]]
 """What one rank wrote."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_unimm.checkpoint.folder import HF_FOLDER, hf_files_in
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER, hf_files_in
 from megatron_unimm.checkpoint.manifest import (
     Manifest,
     check_files,
@@ -35,8 +35,6 @@ from megatron_unimm.errors import CheckpointError
 
 OPTIMIZER = "optimizer."
 """Prefix of the optimizer's tensors in a training checkpoint."""
-AVERAGE = "optimizer.average."
-"""Prefix of the running average of the weights (``train.ema_decay``), which is exported in their place."""
 MAX_SHARD_BYTES = 5_000_000_000
 """As transformers splits; diffusers takes twice as much."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -257,8 +255,8 @@ class _LastPart:
 
 
 def _stored_key(reader: Reader, key: str) -> str:
-    """Where a tensor's numbers are: its average's name, if it has one."""
-    return AVERAGE + key if AVERAGE + key in reader.tensors else key
+    """Where a tensor's numbers are: in its running average (``train.ema_decay``), if it has one."""
+    return AVERAGE_PREFIX + key if AVERAGE_PREFIX + key in reader.tensors else key
 
 
 def _header(outputs: Sequence[Output]) -> bytes:

@@ -217,7 +217,7 @@ class Painter:
             height, width = picture.shape[:2]
             pixels = torch.zeros(1, 3, height, width, dtype=self.dtype, device=self.device)
             if self.first is not None:
-                scaled = torch.from_numpy(picture).to(self.device, self.dtype) / 127.5 - 1
+                scaled = torch.tensor(picture, device=self.device, dtype=self.dtype) / 127.5 - 1
                 with torch.no_grad():
                     pixels = decode(self.first.vae, encode(self.first.vae, scaled.permute(2, 0, 1)[None]))
             found += self._shared(pixels)

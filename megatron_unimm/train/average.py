@@ -7,11 +7,11 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX
+
 MOMENT = "exp_avg"
 """The optimizer state whose way into checkpoints the average takes: it has its shape and its sharding."""
 MOMENT_PREFIX = "optimizer.state.exp_avg."
-AVERAGE_PREFIX = "optimizer.average."
-"""Prefix in checkpoints, before the parameter's name."""
 
 
 class WeightAverage:

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_unimm.checkpoint.folder import HF_FOLDER
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
 from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.checkpoint.torch_dist import Reader
@@ -21,7 +21,7 @@ from megatron_unimm.errors import CheckpointError
 from megatron_unimm.methods.interface import Method
 from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.parallel.groups import ParallelGroups
-from megatron_unimm.train.average import AVERAGE_PREFIX, WeightAverage
+from megatron_unimm.train.average import WeightAverage
 
 NEW_PARTS = ("vision_head.*", "connector.*")
 """Parts that a base model may lack; they keep their fresh weights."""

@@ -22,13 +22,14 @@ from small_decoder import (
     write_world,
 )
 
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.load import select_stage
 from megatron_unimm.convert import export_checkpoint
 from megatron_unimm.errors import CheckpointError
 from megatron_unimm.train import setup
-from megatron_unimm.train.average import AVERAGE_PREFIX, WeightAverage
+from megatron_unimm.train.average import WeightAverage
 from megatron_unimm.train.run import train_stage
 from megatron_unimm.train.state import Checkpointer, Start, checkpoint_folder, load_average
 from megatron_unimm.train.step import TrainStep

@@ -70,8 +70,8 @@ def sums_and_gradients(step: TrainStep, rows: Sequence[DrawingRow]) -> tuple[Ten
 
 @pytest.mark.parametrize("model", MODELS)
 def test_packed_equals_unpacked(model: str, repo: Path, world: World) -> None:
-    """A row of pictures of six sizes gives the sums and gradients of the pictures alone (measured: 2e-6 of a
-    gradient's norm); padding of any length adds nothing, nor does an empty row."""
+    """A row of pictures of six sizes gives the sums and gradients of the pictures alone; padding of any length
+    adds nothing, nor does an empty row."""
     stage = small_decoder(repo, *MODELS[model])
     step = decoder_step(stage, world)
     samples = several(stage)
@@ -136,7 +136,7 @@ def reference_terms(step: TrainStep, sample: DrawingSample, stage: StageConfig, 
 @pytest.mark.parametrize("weight", ["uniform", "cosmap", "sigma_sqrt"])
 @pytest.mark.parametrize("model", MODELS)
 def test_loss_equals_ten_lines_of_torch(model: str, weight: str, repo: Path, world: World) -> None:
-    """Every term of a packed row, and what it is divided by (measured: 1e-6 relative)."""
+    """Every term of a packed row, and what it is divided by."""
     stage = small_decoder(repo, SOURCES, f"stages.decoder.method.flow.weighting={weight}", *MODELS[model])
     step = decoder_step(stage, world)
     samples = several(stage)

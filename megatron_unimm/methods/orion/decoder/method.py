@@ -96,7 +96,10 @@ class OrionDecoder:
         """float64 ``[n]``: of each picture, by the stage's distribution; a shift may go by the picture's size."""
         config = self.config.flow.timesteps
         sizes = row.pictures.prod(axis=1)
-        return np.array([timesteps_of(u, config, int(size)) for u, size in zip(row.uniform, sizes, strict=True)])
+        found = np.zeros(len(sizes))
+        for size in np.unique(sizes):
+            found[sizes == size] = timesteps_of(row.uniform[sizes == size], config, int(size))
+        return found
 
     def counts(self, rows: Sequence[DrawingRow]) -> list[int]:
         """Image tokens that are learned: of all pictures, then by timestep."""
@@ -150,12 +153,12 @@ class OrionDecoder:
 
     def _loss(self, row: DrawingRow, timesteps: np.ndarray, canvas: Canvas, place: Place) -> LossInput:
         sizes = row.pictures.prod(axis=1)
-        weight = [
-            float(weights_of(torch.tensor(t), self.config.flow, int(size)))
-            for t, size in zip(timesteps, sizes, strict=True)
-        ]
+        weight = np.zeros(len(sizes))
+        for size in np.unique(sizes):
+            same = torch.from_numpy(timesteps[sizes == size])
+            weight[sizes == size] = weights_of(same, self.config.flow, int(size)).numpy()
         values = np.zeros((row.num_tokens - row.num_text, 3))  # weight, counted, bin
-        per_picture = np.stack([np.array(weight) * row.learned, row.learned, bin_of(timesteps)], axis=1)
+        per_picture = np.stack([weight * row.learned, row.learned, bin_of(timesteps)], axis=1)
         values[: sizes.sum()] = np.repeat(per_picture, sizes, axis=0)
         weight_t, counted_t, bin_t = torch.from_numpy(values).to(place.device).index_select(0, canvas.image_index).T
         return LossInput(weight_t.float(), counted_t.float(), bin_t.long())
