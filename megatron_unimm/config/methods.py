@@ -57,6 +57,11 @@ class OrionDecoderConfig(Section):
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of samples that are drawn from no condition (zeros for visual tokens), for classifier-free guidance; of
     edits, half of these keep their sources."""
+    condition_noise: float = Field(default=0.0, ge=0)
+    """Training adds Gaussian noise to the picture's own visual tokens (not to those of its sources), of a standard
+    deviation that each sample draws between 0 and this, in the tokens' units. A language model regresses tokens with
+    errors that the vision encoder's do not have; a decoder that has seen noise forgives them (conditioning
+    augmentation, arXiv 2106.15282; over a vision encoder's features, RAE, arXiv 2510.11690)."""
     embedded_guidance: float = Field(default=3.5, ge=0)
     """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
 

@@ -26,7 +26,8 @@ from megatron_unimm.config.model import VisionEncoderConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
-from megatron_unimm.data.features import STORED, FeatureStore, image_key
+from megatron_unimm.data.features import STORED, FeatureStore
+from megatron_unimm.data.fetch import fetch_images
 from megatron_unimm.data.images import SiglipFormat
 from megatron_unimm.data.mix import Draw
 from megatron_unimm.data.packing import round_up
@@ -34,7 +35,9 @@ from megatron_unimm.data.plan import BadSample, Laid
 from megatron_unimm.data.sample import Sample
 from megatron_unimm.data.sources.source import Source
 from megatron_unimm.data.workers import laid_out
-from megatron_unimm.errors import DataError
+
+PICTURE_NOISE, CONDITION_NOISE = 0, 1
+"""Streams of random numbers of a sample."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,13 @@ class DrawingRow:
     is_source: np.ndarray
     """bool [N]."""
     noise: np.ndarray
-    """float32 [U, latent patch]; empty on ranks that read no pictures, as are the next four."""
+    """float32 [U, latent patch]; empty on ranks that read no pictures, as are the next five."""
     patches: np.ndarray
     pixels: np.ndarray
     features: np.ndarray | None
     latents: np.ndarray | None
+    condition_noise: np.ndarray | None
+    """float32 [V, H], zeros at tokens of sources; None where the work adds none."""
     sample_ids: tuple[str, ...]
     kinds: tuple[SampleKind, ...]
 
@@ -133,6 +138,8 @@ class DrawingWork:
         stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
         with_sources: images before the picture join its condition.
         condition_dropout: share of samples whose condition is left out.
+        condition_noise: the picture's own visual tokens get Gaussian noise of a standard deviation that each sample
+            draws between 0 and this.
     """
 
     generator: ImageGeneratorConfig
@@ -142,6 +149,7 @@ class DrawingWork:
     seed: int
     condition_dropout: float
     with_sources: bool
+    condition_noise: float = 0.0
     stream_multiple: int = 1
     features: FeatureStore | None = None
     """Of condition images, computed beforehand."""
@@ -231,8 +239,8 @@ class DrawingWork:
         """Decode images, or look up what was computed of them; nothing is learned from a sample with a broken one."""
         pictures = [[self.picture_request(each)] for each in laid]
         conditions = [self.condition_requests(each) for each in laid]
-        pixels = self._fetch(pictures, laid, self.latents, decoder, self.pixel_format)
-        patches = self._fetch(conditions, laid, self.features, decoder, self.encoder)
+        pixels = fetch_images(pictures, laid, self.latents, decoder, self.pixel_format)
+        patches = fetch_images(conditions, laid, self.features, decoder, self.encoder)
         done = []
         for each, picture, condition in zip(laid, pixels, patches, strict=True):
             broken = [*picture.broken, *condition.broken]
@@ -240,23 +248,6 @@ class DrawingWork:
             fields["patches" if self.features is None else "features"] = condition.values
             done.append((replace(each.layout, learned=not broken, **fields), broken))
         return done
-
-    def _fetch(
-        self,
-        requests: list[list[ImageRequest]],
-        laid: Sequence[Laid],
-        store: FeatureStore | None,
-        decoder: Decoder,
-        form: images.PatchFormat,
-    ) -> list["_Fetched"]:
-        """Of each sample, the patches of its images one behind the other."""
-        if store is not None:
-            return [_look_up(each, sample, store, form) for each, sample in zip(requests, laid, strict=True)]
-        found = iter(decoder.load([request for each in requests for request in each], form))
-        return [
-            _collect([next(found) for _ in each], each, sample, form)
-            for each, sample in zip(requests, laid, strict=True)
-        ]
 
     # -- rows
 
@@ -282,15 +273,21 @@ class DrawingWork:
             pixels=_joined([sample.pixels for sample in samples], images.patch_dim(self.pixel_format)),
             features=_joined_store([sample.features for sample in samples], self.features),
             latents=_joined_store([sample.latents for sample in samples], self.latents),
+            condition_noise=self._condition_noise(samples if loaded else []) if self.condition_noise else None,
             sample_ids=tuple(sample.id for sample in samples),
             kinds=tuple(sample.kind for sample in samples),
         )
 
-
-@dataclass(frozen=True)
-class _Fetched:
-    values: np.ndarray
-    broken: list[BadSample]
+    def _condition_noise(self, samples: Sequence[DrawingSample]) -> np.ndarray:
+        width, parts = self.encoder.out_size, []
+        for sample in samples:
+            generator = _generator(sample.noise_seed, CONDITION_NOISE)
+            noise = np.zeros((sample.num_condition, width), dtype=np.float32)
+            own = int(sample.grids[0].prod()) // self.encoder.spatial_merge_size**2
+            scale = np.float32(generator.uniform(0, self.condition_noise))
+            noise[:own] = scale * generator.standard_normal((own, width), dtype=np.float32)
+            parts.append(noise)
+        return np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
 
 
 def _key(seed: int, draw: Draw) -> int:
@@ -299,41 +296,13 @@ def _key(seed: int, draw: Draw) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
 
 
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed | stream << 64))
+
+
 def _noise(sample: DrawingSample, width: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=sample.noise_seed))
+    generator = _generator(sample.noise_seed, PICTURE_NOISE)
     return generator.standard_normal((sample.num_picture, width), dtype=np.float32)
-
-
-def _collect(
-    found: Sequence[np.ndarray | SampleError],
-    requests: Sequence[ImageRequest],
-    laid: Laid,
-    form: images.PatchFormat,
-) -> _Fetched:
-    parts, broken = [], []
-    for part, request in zip(found, requests, strict=True):
-        if isinstance(part, SampleError):
-            broken.append(BadSample(laid.draw.source, SampleError(laid.where, str(part), part.fault)))
-            count = images.num_patches(request.width, request.height, form)
-            part = np.zeros((count, images.patch_dim(form)), dtype=np.float32)
-        parts.append(part)
-    return _Fetched(np.concatenate(parts), broken)
-
-
-def _look_up(requests: Sequence[ImageRequest], laid: Laid, store: FeatureStore, form: images.PatchFormat) -> _Fetched:
-    parts, broken = [], []
-    for request in requests:
-        rows = store.get(image_key(request))
-        if rows is None:
-            what = f"lacks {request.file} of {laid.where}; run unimm data cache again"
-            raise DataError(str(store.folder), what)
-        if not len(rows):  # The cache's maker could not decode it.
-            error = SampleError(laid.where, f"{request.file} could not be decoded", "unreadable image")
-            broken.append(BadSample(laid.draw.source, error))
-            count = images.num_patches(request.width, request.height, form) // form.spatial_merge_size**2
-            rows = np.zeros((count, store.meta.width), STORED[store.meta.dtype])
-        parts.append(rows)
-    return _Fetched(np.concatenate(parts), broken)
 
 
 def _joined(parts: Sequence[np.ndarray | None], width: int) -> np.ndarray:

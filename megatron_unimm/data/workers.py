@@ -16,11 +16,12 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from megatron_unimm.config.data import DataConfig
-from megatron_unimm.data.chat import ChatFormat, concat_patches, image_order, layout_sample
+from megatron_unimm.data.chat import ChatFormat, image_order, layout_sample
 from megatron_unimm.data.decode.build import build_decoder
 from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
-from megatron_unimm.data.features import STORED, FeatureStore, image_key
+from megatron_unimm.data.features import FeatureStore
+from megatron_unimm.data.fetch import fetch_images
 from megatron_unimm.data.mix import Draw
 from megatron_unimm.data.packing import build_row
 from megatron_unimm.data.plan import BadSample, Laid, Layout
@@ -129,11 +130,14 @@ class ConversationWork:
     def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[TokenizedSample, list[BadSample]]]:
         """Decode the images of samples, or look their features up; where one is broken it is grey, and nothing is
         learned from its sample."""
-        if self.features is not None:
-            return [self._with_features(each, self.features) for each in laid]
-        requests = [request for each in laid for request in self.requests(each)]
-        decoded = iter(decoder.load(requests, self.chat.encoder))
-        return [self._with_patches(each, [next(decoded) for _ in each.layout.grids]) for each in laid]
+        requests = [self.requests(each) for each in laid]
+        fetched = fetch_images(requests, laid, self.features, decoder, self.chat.encoder)
+        field = "patches" if self.features is None else "features"
+        done = []
+        for each, found in zip(laid, fetched, strict=True):
+            layout = void(each.layout) if found.broken else each.layout
+            done.append((replace(layout, **{field: found.values}), found.broken))
+        return done
 
     def requests(self, laid: Laid) -> list[ImageRequest]:
         """The images of a sample in the order in which they stand, at the sizes of their grids."""
@@ -147,34 +151,6 @@ class ConversationWork:
             )
             for index, grid, drawn in zip(image_order(laid.sample.turns), layout.grids, layout.is_target, strict=True)
         ]
-
-    def _with_features(self, laid: Laid, store: FeatureStore) -> tuple[TokenizedSample, list[BadSample]]:
-        found, broken = [np.empty((0, store.meta.width), STORED[store.meta.dtype])], []
-        for request, grid in zip(self.requests(laid), laid.layout.grids, strict=True):
-            features = store.get(image_key(request))
-            if features is None:
-                what = f"lacks {request.file} of {laid.where}; run unimm data cache again"
-                raise DataError(str(store.folder), what)
-            if not len(features):  # The cache's maker could not decode it.
-                error = SampleError(laid.where, f"{request.file} could not be decoded", "unreadable image")
-                broken.append(BadSample(laid.draw.source, error))
-                count = int(grid.prod()) // self.chat.encoder.spatial_merge_size**2
-                features = np.zeros((count, store.meta.width), STORED[store.meta.dtype])
-            found.append(features)
-        layout = void(laid.layout) if broken else laid.layout
-        return replace(layout, features=np.concatenate(found)), broken
-
-    def _with_patches(
-        self, laid: Laid, decoded: Sequence[np.ndarray | SampleError]
-    ) -> tuple[TokenizedSample, list[BadSample]]:
-        encoder, patches, broken = self.chat.encoder, [], []
-        for grid, found in zip(laid.layout.grids, decoded, strict=True):
-            if isinstance(found, SampleError):
-                broken.append(BadSample(laid.draw.source, SampleError(laid.where, str(found), found.fault)))
-                found = np.zeros((int(grid.prod()), encoder.patch_dim), dtype=np.float32)
-            patches.append(found)
-        layout = void(laid.layout) if broken else laid.layout
-        return replace(layout, patches=concat_patches(patches, encoder)), broken
 
 
 def void(sample: TokenizedSample) -> TokenizedSample:

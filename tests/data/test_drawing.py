@@ -69,7 +69,16 @@ def make_work(world: dict[str, SourceConfig]) -> MakeWork:
     """Builds work on the world; keywords are fields of DrawingWork, or of its DataConfig."""
 
     def make(**settings: object) -> DrawingWork:
-        fields = ("seed", "condition_dropout", "with_sources", "stream_multiple", "features", "latents", "sources")
+        fields = (
+            "seed",
+            "condition_dropout",
+            "condition_noise",
+            "with_sources",
+            "stream_multiple",
+            "features",
+            "latents",
+            "sources",
+        )
         own = {name: settings.pop(name) for name in fields if name in settings}
         data = {
             "generation_size": {"min_side": 56, "max_side": 56},
@@ -459,6 +468,29 @@ def test_any_samples_that_fit_make_a_row(make_work: MakeWork, seed: int) -> None
             start = row.pictures[:i].prod(axis=1).sum()
             alone = work.row([sample]).noise
             np.testing.assert_array_equal(row.noise[start : start + sample.num_picture], alone)
+
+
+def test_noise_on_the_condition(make_work: MakeWork) -> None:
+    """On the picture's own tokens only, of a standard deviation that is uniform up to the given one, a sample's own in
+    any row; the picture's noise stays what it was, and is another."""
+    rng = np.random.default_rng(0)
+    work, silent = make_work(condition_noise=0.6, sequence_length=40_000), make_work(sequence_length=40_000)
+    samples = [random_sample(rng, str(i)) for i in range(300)]
+    row = work.row(samples)
+    assert silent.row(samples).condition_noise is None
+    np.testing.assert_array_equal(row.noise, silent.row(samples).noise)
+    assert row.condition_noise.shape == (row.num_condition.sum(), TOWER.out_size)
+    deviations = []
+    for sample, noise in zip(samples, np.split(row.condition_noise, np.cumsum(row.num_condition)[:-1]), strict=True):
+        own = int(sample.grids[0].prod()) // 4
+        assert not noise[own:].any()
+        deviations.append(noise[:own].std() / 0.6)
+        np.testing.assert_array_equal(work.row([sample]).condition_noise, noise)
+    distance = np.abs(np.sort(deviations) - (np.arange(300) + 0.5) / 300).max()
+    assert distance < 1.63 / math.sqrt(300)  # Kolmogorov-Smirnov, 1 in 100
+    first = work.row(samples[:1])
+    size = min(first.noise.size, first.condition_noise.size)
+    assert abs(np.corrcoef(first.noise.flat[:size], first.condition_noise.flat[:size])[0, 1]) < 0.5
 
 
 def test_row_of_nothing(make_work: MakeWork) -> None:

@@ -68,6 +68,7 @@ class OrionDecoder:
             seed=self.stage.train.seed,
             condition_dropout=self.config.condition_dropout,
             with_sources=self.config.connector.sources,
+            condition_noise=self.config.condition_noise,
             stream_multiple=stream_multiple(self.stage),
             features=data.features,
             latents=data.latents,
@@ -144,7 +145,8 @@ class OrionDecoder:
             features = _stored(row.features, place)
         elif len(row.grids):
             images = VisionInput.build(row.patches, row.grids, encoder, place.device, place.dtype)
-        return ConditionInput(images, features, _floats(kept, place), _floats(is_source, place))
+        noise = None if row.condition_noise is None else _floats(row.condition_noise, place)
+        return ConditionInput(images, features, _floats(kept, place), _floats(is_source, place), noise)
 
     def _pictures(self, row: DrawingRow, place: Place) -> PictureInput:
         latents = None if row.latents is None else _stored(row.latents, place)

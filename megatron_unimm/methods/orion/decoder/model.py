@@ -43,6 +43,8 @@ class ConditionInput:
     """``[V]``: 0 where a picture is drawn from no condition."""
     is_source: Tensor
     """``[V]``: 1 for tokens of source images."""
+    noise: Tensor | None = None
+    """``[V, H]``, added to visual tokens in training."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ class OrionDecoderModel(StageModel):
 
     def condition(self, visual_VH: Tensor, condition: ConditionInput) -> Tensor:
         """``[V, C]``; nothing is what zeros in place of visual tokens stand for."""
+        if condition.noise is not None:
+            visual_VH = visual_VH + condition.noise
         return self.connector(visual_VH * condition.kept[:, None].to(visual_VH.dtype), condition.is_source)
 
     def mmdit_input(self, canvas: Canvas, condition_VC: Tensor, noisy_UF: Tensor, timestep: Tensor) -> MMDiTInput:
