@@ -25,6 +25,11 @@ class OrionConfig(Section):
     """The part that is spread over the whole layout; every method's section says so."""
     vision_head: VisionHeadConfig = VisionHeadConfig()
     loss_weights: LossWeights = LossWeights()
+    token_noise: float = Field(default=0.0, ge=0)
+    """Training adds Gaussian noise to the visual tokens that the model reads of an image which it generates, of a
+    standard deviation that each image draws between 0 and this, in the tokens' units; what is regressed stays clean.
+    The paper feeds the true tokens; a model that draws reads its own, whose errors it has then never seen (exposure
+    bias, arXiv 1506.03099)."""
 
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
         """Sizes of the method's own parts that tensor parallelism cuts, by name; every method's section has this."""

@@ -14,7 +14,6 @@ and the draw alone (source, place, pass over the source), so that it is the same
 Legend  V condition tokens, U image tokens (patches of latents), P patches of the vision encoder, N condition images.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +28,7 @@ from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.features import STORED, FeatureStore
 from megatron_unimm.data.fetch import fetch_images
 from megatron_unimm.data.images import SiglipFormat
-from megatron_unimm.data.mix import Draw
+from megatron_unimm.data.mix import Draw, draw_key
 from megatron_unimm.data.packing import round_up
 from megatron_unimm.data.plan import BadSample, Laid
 from megatron_unimm.data.sample import Sample
@@ -186,7 +185,7 @@ class DrawingWork:
         assert self.data.drawing_size is not None
         side = self.generator.token_pixels
         width, height = images.target_size(*sizes[0], self.data.drawing_size, side)
-        generator = np.random.Generator(np.random.Philox(key=_key(self.seed, draw)))
+        generator = np.random.Generator(np.random.Philox(key=draw_key(self.seed, draw)))
         layout = DrawingSample(
             id=sample.id,
             kind=sample.kind,
@@ -288,12 +287,6 @@ class DrawingWork:
             noise[:own] = scale * generator.standard_normal((own, width), dtype=np.float32)
             parts.append(noise)
         return np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
-
-
-def _key(seed: int, draw: Draw) -> int:
-    """128 bits for one draw."""
-    words = repr((seed, draw.source, draw.index, draw.epoch)).encode()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

@@ -35,6 +35,12 @@ class Draw:
     """Passes over the source that were completed before."""
 
 
+def draw_key(seed: int, draw: Draw) -> int:
+    """128 bits for what is random about one draw, the same on whichever rank reads it."""
+    words = repr((seed, draw.source, draw.index, draw.epoch)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
+
+
 @dataclass(frozen=True)
 class _Segment:
     """Draws between two sources' last ones: which sources alternate, and how."""

@@ -186,6 +186,9 @@ def build_row(
         sample_ids=tuple(sample.id for sample in samples),
         kinds=tuple(sample.kind for sample in samples),
         num_padding=sequence_length - sum(len(sample) for sample in samples),
+        noise_seeds=np.array(
+            [sample.noise_seed + place for sample in samples for place in range(len(sample.grids))], dtype=np.int64
+        ),
         features=_join_features(samples),
     )
 

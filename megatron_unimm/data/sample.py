@@ -63,6 +63,8 @@ class TokenizedSample:
     """int64 [V_target]: rows of the merged features (0..V-1) that predict_index predicts."""
     features: np.ndarray | None = None
     """[V, F] of all images, computed beforehand in place of patches; float32, or bfloat16 as its bits in int16."""
+    noise_seed: int = 0
+    """What is random about this draw of the sample: image i has noise_seed + i."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -94,6 +96,8 @@ class PackedRow:
     kinds: tuple[SampleKind, ...]
     num_padding: int
     """Tokens of the row that belong to no sample (padding inside segments included)."""
+    noise_seeds: np.ndarray
+    """int64 [N]: of each image, for noise on its visual tokens."""
     features: np.ndarray | None = None
 
     @property

@@ -22,7 +22,7 @@ from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.fetch import fetch_images
-from megatron_unimm.data.mix import Draw
+from megatron_unimm.data.mix import Draw, draw_key
 from megatron_unimm.data.packing import build_row
 from megatron_unimm.data.plan import BadSample, Laid, Layout
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, Sample, TokenizedSample
@@ -104,6 +104,8 @@ class ConversationWork:
     """Computed beforehand; images are then looked up instead of decoded."""
     alignment: int = 1
     """Each sample takes up a multiple of this many tokens."""
+    seed: int = 0
+    """Of what is random about samples."""
 
     @property
     def data(self) -> DataConfig:
@@ -115,7 +117,9 @@ class ConversationWork:
 
     def lay_out(self, draw: Draw) -> Laid | BadSample:
         """Read a sample's text and the headers of its images."""
-        return laid_out(self.sources, draw, lambda sample: layout_sample(sample, self.chat))
+        # Room for one more per image below the 64 bits of a random generator's seed.
+        seed = draw_key(self.seed, draw) % 2**62
+        return laid_out(self.sources, draw, lambda sample: replace(layout_sample(sample, self.chat), noise_seed=seed))
 
     def row(self, samples: Sequence[TokenizedSample]) -> PackedRow:
         """One behind the other."""

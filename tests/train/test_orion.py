@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_unimm.convert import import_checkpoint
 from megatron_unimm.convert.qwen2_5_vl import to_hf_config
 from megatron_unimm.data.packing import pack
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample
+from megatron_unimm.methods.registry import build_method
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train import setup
@@ -119,6 +121,43 @@ def test_recompute_changes_nothing(overrides: tuple[str, ...], repo: Path, world
     found_losses, found = gradients(train_step(recomputed, world), rows)
     torch.testing.assert_close(found_losses, losses, rtol=1e-6, atol=0)
     assert_same(found, expected)
+
+
+def test_noise_on_visual_tokens(repo: Path, world: World) -> None:
+    """What the student reads of images that it generates differs by the noise alone; images that are read, the teacher
+    and the targets stay bit for bit; noise belongs to the draw, wherever in a row it stands."""
+    clean, noisy = (
+        small_stage(repo, "data.sequence_length=256", f"method.token_noise={noise}") for noise in (0.0, 0.5)
+    )
+    platform, groups = world
+    method, (model,) = setup.build_model(noisy, platform, groups)
+    samples = [replace(sample, noise_seed=1000 * i) for i, sample in enumerate(samples_of(noisy))]
+    (row,) = rows_of(samples, noisy, packing=True)
+    with_noise = method.batch(row, model, platform.device)
+    without = build_method(clean, platform, groups).batch(row, model, platform.device)
+    noise = with_noise.sight.noise
+    assert without.sight.noise is None
+    assert noise.shape == (len(row.visual_index), noisy.model.backbone.hidden_size)
+    drawn = torch.ones(len(noise), dtype=torch.bool)
+    drawn[with_noise.sight.read_rows] = False
+    assert 0 < drawn.sum() < len(drawn)
+    assert not noise[~drawn].any()
+    with torch.no_grad():
+        (student, teacher, target), (plain, its_teacher, its_target) = model._enter(with_noise), model._enter(without)
+    assert torch.equal(teacher, its_teacher)
+    assert torch.equal(target, its_target)
+    added = torch.zeros_like(student[:, 0]).index_copy(0, with_noise.sight.visual_index, noise)
+    torch.testing.assert_close(student[:, 0], plain[:, 0] + added, rtol=0, atol=1e-6)
+
+    counts = np.split(np.arange(len(noise)), np.cumsum(row.grids.prod(axis=1) // 4)[:-1])
+    deviations = [float(noise[where].std()) for where, target in zip(counts, row.is_target, strict=True) if target]
+    assert max(deviations) < 0.5 * 1.1
+    assert len(set(deviations)) == len(deviations)
+    (alone,) = rows_of(samples[-1:], noisy, packing=True)
+    last = method.batch(alone, model, platform.device).sight.noise
+    place = row.sample_ids.index(samples[-1].id)
+    before = sum(len(next(s for s in samples if s.id == name).visual_index) for name in row.sample_ids[:place])
+    assert torch.equal(noise[before : before + len(last)], last)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "q_former"])

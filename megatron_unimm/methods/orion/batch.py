@@ -42,6 +42,9 @@ class Sight:
     """int64 ``[V]``: where the visual tokens stand in the row."""
     features: Tensor | None
     """``[V, (1 + K) H]`` of all images, where they were computed beforehand; then the two above are None."""
+    noise: Tensor | None
+    """``[V, H]``: what the student sees on top of visual tokens of images to be generated; zeros for images that are
+    read."""
     read_rows: Tensor
     """int64: which of the V are of images that are read (those that the trained tower sees); the others are to be
     generated."""
@@ -80,8 +83,14 @@ class OrionBatch:
     """Whether the row has images to be generated, so that the teacher is needed."""
 
 
-def build_batch(row: PackedRow, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype) -> OrionBatch:
-    """Move a row to the device for one role."""
+def build_batch(
+    row: PackedRow, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype, token_noise: float = 0.0
+) -> OrionBatch:
+    """Move a row to the device for one role.
+
+    Args:
+        token_noise: largest standard deviation of noise on visual tokens, see ``OrionConfig``.
+    """
     bounds = np.asarray(row.segment_bounds, dtype=np.int64)
     local = context_index(bounds, role.context_rank, role.context_size)
     backbone = model.backbone
@@ -96,18 +105,21 @@ def build_batch(row: PackedRow, model: ModelConfig, role: Role, device: torch.de
         input_ids=_tensor(row.input_ids, device),
         local_index=_tensor(local, device) if role.context_size > 1 else None,
         context=PackedContext.with_angles(angles, dtype, segments={"full": segments}),
-        sight=_sight(row, model, role, device, dtype) if role.first_stage else None,
+        sight=_sight(row, model, role, device, dtype, token_noise) if role.first_stage else None,
         targets=_targets(row, local, model, role, device, dtype) if role.last_stage else None,
         generates=len(row.predict_index) > 0,
     )
 
 
-def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype) -> Sight:
+def _sight(
+    row: PackedRow, model: ModelConfig, role: Role, device: torch.device, dtype: torch.dtype, token_noise: float
+) -> Sight:
     trained, read_rows = None, _feature_rows(row, ~row.is_target, model)
+    noise = _noise(row, model, token_noise, device, dtype) if token_noise and len(row.predict_index) else None
     if row.features is not None:
         assert not role.vision_encoder_trains, "checked when the cache is opened"
         features = _features(row.features, device, dtype)
-        return Sight(None, None, _tensor(row.visual_index, device), features, _tensor(read_rows, device))
+        return Sight(None, None, _tensor(row.visual_index, device), features, noise, _tensor(read_rows, device))
     if role.vision_encoder_trains:
         patches, grids = _choose(row, ~row.is_target)
         if not len(grids):
@@ -118,7 +130,22 @@ def _sight(row: PackedRow, model: ModelConfig, role: Role, device: torch.device,
     frozen = None
     if len(row.grids) and (not role.vision_encoder_trains or len(row.predict_index)):
         frozen = VisionInput.build(row.patches, row.grids, model.vision_encoder, device, dtype)
-    return Sight(frozen, trained, _tensor(row.visual_index, device), None, _tensor(read_rows, device))
+    return Sight(frozen, trained, _tensor(row.visual_index, device), None, noise, _tensor(read_rows, device))
+
+
+def _noise(row: PackedRow, model: ModelConfig, largest: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[V, H]``. Made on the device: it is as large as the features are."""
+    tokens = (row.grids.prod(axis=1) // model.vision_encoder.spatial_merge_size**2).tolist()
+    parts = []
+    for count, target, seed in zip(tokens, row.is_target, row.noise_seeds.tolist(), strict=True):
+        shape = (count, model.backbone.hidden_size)
+        if not target:
+            parts.append(torch.zeros(shape, device=device))
+            continue
+        generator = torch.Generator(device).manual_seed(seed)
+        deviation = largest * torch.rand((), generator=generator, device=device)
+        parts.append(deviation * torch.randn(shape, generator=generator, device=device))
+    return torch.cat(parts).to(dtype)
 
 
 def _targets(

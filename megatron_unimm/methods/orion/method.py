@@ -46,7 +46,8 @@ class Orion:
         return OrionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage, with_base)
 
     def batch(self, row: PackedRow, model: OrionModel, device: torch.device) -> OrionBatch:
-        return build_batch(row, self.stage.model, model.role(), device, DTYPES[self.stage.system.precision.dtype])
+        dtype = DTYPES[self.stage.system.precision.dtype]
+        return build_batch(row, self.stage.model, model.role(), device, dtype, self.config.token_noise)
 
     def counts(self, rows: Sequence[PackedRow]) -> list[int]:
         """N_text, and N_vision for both terms at visual positions."""
@@ -68,7 +69,7 @@ class Orion:
     def work(self, data: DataSetup) -> ConversationWork:
         """Conversations as tokens."""
         alignment = 2 * self.stage.system.parallel.context if self.stage.system.parallel.context > 1 else 1
-        return ConversationWork(data.chat(), data.sources, data.features, alignment)
+        return ConversationWork(data.chat(), data.sources, data.features, alignment, self.stage.train.seed)
 
     def row_flops(self, row: PackedRow) -> float:
         return row_flops(row, self.stage, self._frozen_parts)

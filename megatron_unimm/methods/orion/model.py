@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_unimm.config.methods import OrionConfig
@@ -139,7 +140,7 @@ class OrionModel(StageModel):
         ``[V, H]``."""
         assert batch.sight is not None
         frozen = self._frozen_features(batch.sight)  # [V, H] or None
-        seen = self._seen_features(batch.sight, frozen)  # [V, H] or None
+        seen = self._seen_features(batch.sight, frozen)  # [V, (1 + K) H] or None
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and not (self.frozen.backbone and self.frozen.vision_encoder)
         ):
@@ -161,7 +162,10 @@ class OrionModel(StageModel):
 
     def _seen_features(self, sight: Sight, frozen: Tensor | None) -> Tensor | None:
         """What the student sees: images that are read through its own tower, images to be generated as their
-        targets."""
+        targets, with noise on them."""
+        if sight.noise is not None:
+            assert frozen is not None
+            frozen = frozen + F.pad(sight.noise, (0, frozen.shape[1] - sight.noise.shape[1]))  # levels stay
         if sight.trained is None:
             return frozen
         trained = self.vision_encoder(sight.trained)
