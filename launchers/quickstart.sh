@@ -30,7 +30,7 @@ fi
 
 if [[ ! -f "$DATA/eval/retrieval.jsonl" ]]; then
     step "Making the Shapes world in $DATA"
-    unimm data shapes --to "$DATA" --count 12000
+    unimm data shapes --to "$DATA" --count "$([[ "${FULL:-0}" == 1 ]] && echo 30000 || echo 12000)"
 fi
 
 if [[ ! -f "$run/base/COMMITTED" ]]; then
