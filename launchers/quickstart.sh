@@ -64,8 +64,7 @@ for stage in warm_up pretrain sft decoder; do
     [[ "${FULL:-0}" == 1 ]] || settings=("train.steps=${steps[$stage]}")
     # shellcheck disable=SC2206  # settings are words
     settings+=(${layout[$stage]:-})
-    torchrun --standalone --nproc-per-node "$ranks" -m megatron_unimm.cli \
-        train configs/orion/shapes.yaml --stage "$stage" --run-dir "$run" "${settings[@]}" "$@"
+    NPROC="$ranks" launchers/local.sh configs/orion/shapes.yaml --stage "$stage" --run-dir "$run" "${settings[@]}" "$@"
 done
 
 step "Drawing"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by other launchers: a Python environment with this package in it.
 #
 #   ensure_env FOLDER [EXTRAS]    makes or completes the virtual environment FOLDER and puts it first on PATH

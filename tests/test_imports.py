@@ -17,7 +17,7 @@ LAYERS = (
     ("models", "flow", "data"),
     ("methods",),
     ("checkpoint", "convert"),
-    ("train", "generate", "evaluate"),
+    ("train", "plan", "generate", "evaluate", "health"),
     ("cli",),
 )
 """From the bottom up. A part may import from its own layer and from those below."""

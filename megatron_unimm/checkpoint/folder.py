@@ -8,6 +8,7 @@ from typing import Any
 from megatron_unimm.checkpoint.manifest import (
     FileRecord,
     commit,
+    discard,
     hashed_file,
     remove_stale,
     sync_folder,
@@ -37,23 +38,30 @@ def save_files(
 ) -> None:
     """Write a checkpoint whose tensor files come from ``write(folder)``, and commit it; called on every rank.
 
+    Where it fails, on any rank (a full disk), nothing of it is left.
+
     Args:
         common: the serialised dict of the values beside the tensors.
         hf_files: files to copy, by their path in :data:`HF_FOLDER`.
     """
     temporary = temporary_name(directory)
-    with together(ranks):
+    try:
+        with together(ranks):
+            if ranks.rank == 0:
+                remove_stale(directory)
+                temporary.mkdir(parents=True)
+        with together(ranks):
+            part = write(temporary)
+        parts = ranks.gather(part)
+        with together(ranks):
+            if ranks.rank == 0:
+                files = _describe(temporary, parts, common)
+                files |= _copy_hf_files(hf_files or {}, temporary)
+                commit(directory, files, meta)
+    except Exception:
         if ranks.rank == 0:
-            remove_stale(directory)
-            temporary.mkdir(parents=True)
-    with together(ranks):
-        part = write(temporary)
-    parts = ranks.gather(part)
-    with together(ranks):
-        if ranks.rank == 0:
-            files = _describe(temporary, parts, common)
-            files |= _copy_hf_files(hf_files or {}, temporary)
-            commit(directory, files, meta)
+            discard(directory)
+        raise
 
 
 def _describe(

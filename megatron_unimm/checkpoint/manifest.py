@@ -5,7 +5,9 @@
         manifest.json   {"format", "files": {name: {"bytes", "sha256"}}, "meta": {...}}
         ...             the files that the manifest lists
 
-A save writes to ``step_00001000.tmp`` and renames. A folder without the marker was interrupted and is never read.
+A save writes to ``step_00001000.tmp`` and renames. A folder without the marker was interrupted and is never read. One
+whose files changed since is set aside as ``step_00001000.damaged``, for someone to look at. Which checkpoint is newer
+is told by steps, never by the clocks of hosts.
 """
 
 import hashlib
@@ -20,11 +22,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from megatron_unimm.errors import CheckpointError
 
 FORMAT = "megatron_unimm/torch_dist/1"
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
+REPLACED = ".replaced.tmp"
+"""After the name of a finished checkpoint while another takes its place."""
+DAMAGED = ".damaged"
+"""After the name of a checkpoint that is set aside."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
 HASH_BLOCK = 1 << 24
 """Bytes read at a time while hashing."""
@@ -122,6 +130,26 @@ def remove_stale(directory: Path) -> None:
             shutil.rmtree(path)
 
 
+def discard(directory: Path) -> None:
+    """Remove what a save of ``directory`` left that failed at any point; what it was to replace is put back."""
+    shutil.rmtree(temporary_name(directory), ignore_errors=True)
+    if not (directory / MARKER).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+    put_back(directory.parent)
+
+
+def put_back(run_dir: Path) -> None:
+    """Undo replacements of checkpoints that were interrupted (:func:`commit`): the old one returns, unless the new one
+    is finished. Call it on one rank, with no save under way."""
+    for replaced in run_dir.glob(f"step_*{REPLACED}"):
+        directory = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if is_committed(directory):
+            shutil.rmtree(replaced)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+            replaced.rename(directory)
+
+
 def commit(directory: Path, files: Mapping[str, FileRecord], meta: Mapping[str, Any]) -> None:
     """Turn the temporary folder of ``directory``, whose ``files`` are on disk, into the finished checkpoint.
 
@@ -135,7 +163,7 @@ def commit(directory: Path, files: Mapping[str, FileRecord], meta: Mapping[str, 
     }
     manifest = write_bytes(temporary / MANIFEST, json.dumps(content, indent=1, sort_keys=False).encode())
     sync_folder(temporary)
-    replaced = directory.with_name(directory.name + ".replaced.tmp")
+    replaced = directory.with_name(directory.name + REPLACED)
     if replaced.exists():
         shutil.rmtree(replaced)
     if directory.exists():
@@ -199,7 +227,9 @@ def _check_is_finished(directory: Path) -> None:
 
 
 def find_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lambda meta: True) -> Path:
-    """The checkpoint that a folder is or holds: itself, or the newest of a stage's or run's folder.
+    """The checkpoint that a folder is or holds: itself, the newest of a stage's folder, or of a run's last stage.
+
+    The last stage is the one with the longest chain of stages before it; among equals, the one with most steps.
 
     Args:
         wanted: by its meta, whether a stage's newest checkpoint is what is looked for in a run's folder.
@@ -213,13 +243,28 @@ def find_checkpoint(folder: Path, wanted: Callable[[dict[str, Any]], bool] = lam
     if own is not None:
         return own
     newest = [step for stage in sorted(folder.glob("*/checkpoints")) if (step := latest(stage)) is not None]
-    found = [step for step in newest if wanted(read_meta(step))]
+    metas = {step: read_meta(step) for step in newest}
+    found = [step for step in newest if wanted(metas[step])]
     if found:
-        return max(found, key=lambda step: (step / MARKER).stat().st_mtime_ns)
+        after = dict(_stage_and_predecessor(meta) for meta in metas.values())
+        return max(found, key=lambda step: (_chain_length(metas[step], after), step.name, str(step)))
     read_meta(folder)  # says what the folder is instead, if it knows
     raise CheckpointError(
         str(folder), "holds no finished checkpoint; give a folder of `unimm convert import` or of a training run"
     )
+
+
+def _stage_and_predecessor(meta: Mapping[str, Any]) -> tuple[str, str | None]:
+    config = yaml.safe_load(meta.get("config", "")) or {}
+    return meta.get("stage", ""), config.get("after")
+
+
+def _chain_length(meta: Mapping[str, Any], after: Mapping[str, str | None]) -> int:
+    """Stages before a checkpoint's own, as far as the run has them."""
+    length, stage = 0, after[meta.get("stage", "")]
+    while stage is not None and length < len(after):
+        length, stage = length + 1, after.get(stage)
+    return length
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
@@ -297,6 +342,21 @@ def _named_steps(run_dir: Path) -> dict[int, Path]:
 def latest(run_dir: Path) -> Path | None:
     """The newest finished checkpoint of a run, or None; unfinished and truncated ones are passed over."""
     return next((path for path in reversed(_named_steps(run_dir).values()) if is_committed(path)), None)
+
+
+def set_aside(directory: Path) -> Path:
+    """Take a damaged checkpoint out of the way, keeping it; returns its new place. Call it on one rank."""
+    number, place = 1, directory.with_name(directory.name + DAMAGED)
+    while place.exists():
+        number, place = number + 1, directory.with_name(f"{directory.name}{DAMAGED}-{number + 1}")
+    directory.rename(place)
+    sync_folder(directory.parent)
+    return place
+
+
+def newest_with_marker(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that was finished once, or None; whether it is still whole is not looked at."""
+    return next((path for path in reversed(_named_steps(run_dir).values()) if (path / MARKER).exists()), None)
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_steps: int | None = None) -> list[Path]:

@@ -3,6 +3,8 @@
 Every helper works without an initialised ``torch.distributed`` (conversion), where the world is this process.
 """
 
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -64,11 +66,23 @@ class Ranks:
         dist.gather_object(value, values, dst=root, group=self.group)
         return values or []
 
+    def from_first(self, find: Callable[[], T]) -> T:
+        """What rank 0 finds, on every rank: folders may look different to ranks on other hosts for a while.
+
+        Raises:
+            what rank 0 raised, as :meth:`agree`.
+        """
+        found: list[T] = []
+        with together(self):
+            if self.rank == 0:
+                found.append(find())
+        return self.all_gather(found)[0][0]
+
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank where one of them failed: its own error on that rank, a report of it on the others.
 
         Raises:
-            CheckpointError: another rank failed with an error addressed to the user.
+            CheckpointError: another rank failed with an error addressed to the user, or the file system refused it.
             RuntimeError: another rank failed otherwise.
         """
         reports = self.all_gather(None if error is None else _report(error))
@@ -96,4 +110,8 @@ class together:
 
 def _report(error: Exception) -> tuple[str, str]:
     """(where, what) of an error for the user, and ("", text) of any other."""
-    return (error.where, error.what) if isinstance(error, UserError) else ("", f"{type(error).__name__}: {error}")
+    if isinstance(error, UserError):
+        return error.where, error.what
+    if isinstance(error, OSError) and error.strerror is not None:
+        return str(error.filename or "file system"), f"{error.strerror} (on {socket.gethostname()})"
+    return "", f"{type(error).__name__}: {error}"

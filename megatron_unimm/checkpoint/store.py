@@ -11,6 +11,7 @@ import fnmatch
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,18 +90,22 @@ class PendingSave:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.seconds: float | None = None
+        """What writing took, once it is over."""
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def _start(self, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:  # Handed to the training loop by poll() and wait().
-                self._error = error
+    def _run(self, work: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        try:
+            work()
+        except BaseException as error:  # Handed to the training loop by poll() and wait().
+            self._error = error
+        self.seconds = time.perf_counter() - began
 
+    def _start(self, work: Callable[[], None]) -> None:
         # Not a daemon: a process that ends for another reason still finishes the checkpoint it had begun.
-        self._thread = threading.Thread(target=run, name=f"save-{self.directory.name}")
+        self._thread = threading.Thread(target=self._run, args=(work,), name=f"save-{self.directory.name}")
         self._thread.start()
 
     def poll(self) -> bool:
@@ -146,8 +151,8 @@ def save(
         threads: files that each rank writes at a time.
 
     Raises:
-        OSError, ValueError: a rank could not write, or the state dict is not one (RuntimeError on the other ranks). In
-            the asynchronous case ``poll`` and ``wait`` raise it.
+        OSError, ValueError: a rank could not write (CheckpointError on the other ranks), or the state dict is not one
+            (RuntimeError there). In the asynchronous case ``poll`` and ``wait`` raise it.
     """
     ranks = Ranks.of(group)
     if asynchronous and ranks.size > 1 and group is None:
@@ -168,13 +173,15 @@ def save(
     def write(folder: Path) -> tuple[Index, dict[str, FileRecord]]:
         return write_pieces(folder, ranks.rank, pieces, blobs, threads=threads)
 
+    def work() -> None:
+        save_files(directory, write, frozen_meta, common=other, ranks=ranks, hf_files=companions)
+
     pending = PendingSave(directory)
     if asynchronous:
-        pending._start(
-            lambda: save_files(directory, write, frozen_meta, common=other, ranks=ranks, hf_files=companions)
-        )
+        pending._start(work)
     else:
-        save_files(directory, write, frozen_meta, common=other, ranks=ranks, hf_files=companions)
+        pending._run(work)
+        pending.poll()
     return pending
 
 
@@ -258,6 +265,7 @@ def load(
     strict: bool = True,
     may_be_absent: Sequence[str] = (),
     may_be_unread: Sequence[str] = (),
+    check: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint into the tensors of ``sharded_state_dict``, in place where it has them; called on every rank.
@@ -270,6 +278,7 @@ def load(
         strict: every tensor asked for must be in the checkpoint, and every tensor of it be asked for by some rank.
         may_be_absent: globs over tensor names that the checkpoint may lack; such tensors keep their values.
         may_be_unread: globs over tensor names of the checkpoint that may be left, e.g. ``optimizer.*``.
+        check: False where all its files have just been hashed (``fallback.newest_intact``).
         group: ranks that load together; None for all.
 
     Returns:
@@ -281,7 +290,8 @@ def load(
     ranks = Ranks.of(group)
     with together(ranks):
         manifest = read_manifest(directory)
-        check_files(directory, manifest, share_of_files(manifest, ranks.rank, ranks.size))
+        if check:
+            check_files(directory, manifest, share_of_files(manifest, ranks.rank, ranks.size))
     force_all_tensors_to_non_fp8(sharded_state_dict)
     factories: Any
     state, nonpersistent, factories = load_preprocess(sharded_state_dict)

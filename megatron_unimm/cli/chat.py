@@ -73,6 +73,7 @@ def converse(session: "Session", read: Callable[[], str], show: Callable[[str], 
     from megatron_unimm.generate.pictures import read_pictures
 
     attached: list[Path] = []
+    turn = 0  # over all conversations, so that none writes over the pictures of the one before
     while (line := read().strip()) != "/quit":
         command, _, rest = line.partition(" ")
         try:
@@ -85,21 +86,24 @@ def converse(session: "Session", read: Callable[[], str], show: Callable[[str], 
             elif command.startswith("/"):
                 show(HELP)
             elif line:
-                _answer(session, line, attached, show, to)
+                turn += 1
+                file = to / f"turn_{turn:03d}.png" if to is not None else None
+                _answer(session, line, attached, show, file)
                 attached = []
         except UserError as error:
             show(f"error: {error}")
 
 
 def _answer(
-    session: "Session", text: str, attached: list[Path], show: Callable[[str], object], to: Path | None
+    session: "Session", text: str, attached: list[Path], show: Callable[[str], object], file: Path | None
 ) -> None:
+    """One turn; what it draws goes to ``file``, or to numbered ones beside it."""
     from megatron_unimm.generate.pictures import read_pictures, write_pictures, write_visual_tokens
 
     answer = session.say(text, read_pictures(attached))
     show("".join(part if isinstance(part, str) else f"[image {part + 1}]" for part in answer.parts))
-    if answer.images and to is not None and session.generator.is_main:
-        file, count = to / f"turn_{len(session.turns) // 2:03d}.png", len(answer.images)
+    if answer.images and file is not None and session.generator.is_main:
+        count = len(answer.images)
         if session.generator.paints:
             numbers = [len(session.turns) - 1] * count
             written = write_pictures(answer.images, file, [text] * count, numbers, session.settings, session.generator)

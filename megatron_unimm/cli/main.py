@@ -17,10 +17,13 @@ from megatron_unimm.cli.data import data
 from megatron_unimm.cli.doctor import doctor
 from megatron_unimm.cli.evaluate import evaluate
 from megatron_unimm.cli.generate import generate
+from megatron_unimm.cli.health import health
+from megatron_unimm.cli.plan import plan
+from megatron_unimm.cli.status import status
 from megatron_unimm.cli.train import train
 from megatron_unimm.errors import UserError
 
-COMMANDS = (train, convert, data, generate, chat, evaluate, doctor)
+COMMANDS = (train, plan, status, convert, data, generate, chat, evaluate, doctor, health)
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 

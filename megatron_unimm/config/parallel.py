@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_unimm.config.base import Section
 
@@ -74,3 +74,15 @@ class SystemConfig(Section):
     """Torch threads per rank on CPU; 0 divides the cores by the ranks of the node."""
     timeout_minutes: float = Field(default=10.0, gt=0)
     """Collectives that take longer end the job."""
+    watchdog_minutes: float | None = Field(default=8.0, gt=0)
+    """A rank that comes no further for so long makes all ranks write down their stacks and end with exit code 70, to be
+    started again; starting up, the first step, checkpoints and evaluations may take six times that. null for never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SystemConfig":
+        if self.watchdog_minutes is not None and self.watchdog_minutes >= self.timeout_minutes:
+            raise ValueError(
+                f"watchdog_minutes {self.watchdog_minutes:g} is not below timeout_minutes {self.timeout_minutes:g}, so "
+                "that collectives would end first and the stuck rank stay unknown; lower it or raise timeout_minutes"
+            )
+        return self

@@ -66,10 +66,14 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(default=1000, gt=0)
     keep_last: int = Field(default=2, gt=0)
+    """With 1 there is none to fall back to when the newest gets damaged."""
     keep_every_steps: int | None = Field(default=None, gt=0)
     """Checkpoints at multiples of this are kept for ever."""
     asynchronous: bool = True
     """Write in a thread while training goes on."""
+    max_failures: int = Field(default=3, ge=0)
+    """Checkpoints in a row that may fail to be written (a full disk) before the run ends; the last of a stage may not
+    fail."""
 
 
 class EvaluationConfig(Section):
@@ -101,6 +105,10 @@ class LoggingConfig(Section):
     """What a stage of the language model draws, through ``decoder``."""
     decoder: str = ""
     """An image decoder's checkpoint, or the folder of its stage."""
+    straggler_ratio: float = Field(default=1.3, gt=1)
+    """Warn of a rank whose own work takes this many times the median of its like …"""
+    straggler_intervals: int = Field(default=5, gt=0)
+    """… in so many records in a row, on the same host."""
     tensorboard: bool = True
     per_module_grad_norm: bool = True
     peak_tflops: float | None = Field(default=None, gt=0)

@@ -156,6 +156,10 @@ class StepLoader:
                 pool.shutdown(cancel_futures=True)
         self._workers.close()
 
+    def waiting_for(self) -> str:
+        """What the next step waits for, as a watchdog names it."""
+        return self._workers.waiting_for() or "no file; its samples are read"
+
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: the same on every rank, and independent of their number."""
         state = self._state

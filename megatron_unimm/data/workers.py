@@ -4,7 +4,7 @@ What is done to a sample depends on what a stage teaches: conversations become t
 pictures to be drawn become latents and conditions (``data/drawing.py``). The loader knows neither.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -22,6 +22,7 @@ from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.fetch import fetch_images
+from megatron_unimm.data.in_flight import InFlight
 from megatron_unimm.data.mix import Draw, draw_key
 from megatron_unimm.data.packing import build_row
 from megatron_unimm.data.plan import BadSample, Laid, Layout
@@ -62,6 +63,11 @@ class SampleWork(Protocol):
     @property
     def data(self) -> DataConfig:
         """The stage's settings."""
+        ...
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Where samples come from, by name."""
         ...
 
     @property
@@ -184,6 +190,7 @@ class Workers(AbstractContextManager["Workers"]):
         self, work: SampleWork, kind: Literal["thread", "process"], count: int, device: int | None = None
     ) -> None:
         self.work = work
+        self._in_flight = InFlight()
         self._in_processes = kind == "process" and count > 0
         self._pool: Executor | None = None
         self._decoder: Decoder | None = None
@@ -202,15 +209,33 @@ class Workers(AbstractContextManager["Workers"]):
     def load(self, laid: Sequence[Laid]) -> list[tuple[Any, list[BadSample]]]:
         """:meth:`SampleWork.load` of each."""
         if self._decoder is not None:
-            return self.work.load(laid, self._decoder)
+            with self._in_flight.during(laid):
+                return self.work.load(laid, self._decoder)
         batches = [laid[start : start + PER_PROCESS] for start in range(0, len(laid), PER_PROCESS)]
         return [done for batch in self._map(_load, batches) for done in batch]
 
-    def _map(self, function: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> list[ResultT]:
-        if self._pool is None:
-            return [function(item) for item in items]
+    def waiting_for(self) -> str:
+        """The place of what has been read for longest, and since when; empty while nothing is being read."""
+        files = self._decoder.in_flight.oldest() if self._decoder is not None else None
+        oldest = files or self._in_flight.oldest()
+        return f"{self._place(oldest[1])}, for {oldest[0]:.0f} s" if oldest is not None else ""
+
+    def _place(self, item: object) -> str:
+        if isinstance(item, Draw):
+            return self.work.sources[item.source].where(item.index)
+        if isinstance(item, Sequence):  # samples that were laid out
+            more = f" and {len(item) - 1} more samples" if len(item) > 1 else ""
+            return f"images of {item[0].where}{more}" if item else "no samples"
+        return str(item)
+
+    def _map(self, function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> list[ResultT]:
+        answers = map(function, items) if self._pool is None else self._pool.map(function, items)
+        done = []
         try:
-            return list(self._pool.map(function, items))
+            for item in items:
+                with self._in_flight.during(item):
+                    done.append(next(answers))
+            return done
         except BrokenProcessPool as error:
             raise DataError(
                 "data.workers",

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.methods.footprint import Footprints
 from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
+from megatron_unimm.methods.orion.footprint import OrionFootprints
 from megatron_unimm.methods.orion.method import Orion
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
@@ -18,3 +21,11 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
 def build_method(stage: StageConfig, platform: Platform, groups: ParallelGroups) -> Method:
     """The method that the stage's config names."""
     return METHODS[stage.method.name](stage, platform, groups)
+
+
+FOOTPRINTS: dict[str, Footprints] = {"orion": OrionFootprints(), "orion_decoder": DecoderFootprints()}
+
+
+def footprints_of(stage: StageConfig) -> Footprints:
+    """What its chunks ask of a rank, without building anything."""
+    return FOOTPRINTS[stage.method.name]

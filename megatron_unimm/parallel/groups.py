@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_unimm.config.parallel import ParallelConfig
 from megatron_unimm.parallel.platform import Platform
@@ -97,7 +98,16 @@ def initialize_distributed(platform: Platform, timeout_minutes: float) -> None:
         return
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(platform.backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store over restarts (torch 2.13), where ranks would find the addresses of those that died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            platform.backend,
+            store=dist.PrefixStore(f"attempt_{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
         return
     store_file = Path(tempfile.mkdtemp(prefix="unimm-")) / "store"
     dist.init_process_group(platform.backend, init_method=f"file://{store_file}", rank=0, world_size=1, timeout=timeout)

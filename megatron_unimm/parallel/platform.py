@@ -72,6 +72,11 @@ def select_platform(kind: str = "auto", cpu_threads: int = 0) -> Platform:
     return Platform("cpu", torch.device("cpu"), "gloo")
 
 
+def device_memory() -> list[tuple[int, int]]:
+    """(free, total) bytes of each GPU of this machine; empty without one. Wakes the GPUs up."""
+    return [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+
+
 def _resident_bytes() -> int:
     import psutil
 

@@ -1,23 +1,30 @@
 """The loop: steps, clocks, records, checkpoints, signals. It knows no method."""
 
+import logging
 import signal
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_unimm.checkpoint.manifest import prune
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.loader import StepBatch, StepLoader
 from megatron_unimm.errors import UserError
 from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.events import host_name
 from megatron_unimm.train.flops import stage_peak_tflops
 from megatron_unimm.train.record import Record, Totals, Window
-from megatron_unimm.train.schedule import learning_rate
-from megatron_unimm.train.state import Checkpointer
+from megatron_unimm.train.safety import Safety
+from megatron_unimm.train.schedule import check_resumed_rate, learning_rate
 from megatron_unimm.train.step import TrainStep
+from megatron_unimm.train.stragglers import Peer, slowest
+from megatron_unimm.train.timers import BUSY, gather_times, mean_times, useful_seconds
+from megatron_unimm.train.watchdog import LONG
+
+logger = logging.getLogger(__name__)
 
 STOPPED = 75
 """Exit code after a signal and a save: run me again (EX_TEMPFAIL)."""
@@ -54,6 +61,8 @@ class StopSignal:
     def finish(self) -> None:
         if self._work is not None:
             self._work.wait()
+        # A signal that comes while the interpreter shuts down would kill a process that has done its work.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class Loop:
@@ -65,61 +74,94 @@ class Loop:
         total_steps: int,
         loader: StepLoader,
         step: TrainStep,
-        checkpointer: Checkpointer,
+        safety: Safety,
         callbacks: Sequence[Callback],
     ) -> None:
         self.stage = stage
         self.total_steps = total_steps
         self.loader = loader
         self.train_step = step
+        self.clock = step.clock
         self.groups = step.groups
         self.platform = step.platform
-        self.checkpointer = checkpointer
+        self.saver, self.watchdog, self.skipped = safety.saver, safety.watchdog, safety.skipped
         self.callbacks = callbacks
         self.step = 0
         self.totals = Totals()
         self.rate = 0.0
         self._skipped_before = 0
+        self._peers: list[Peer] = []
         self._peak_tflops = stage_peak_tflops(stage, self.platform.device_name())
 
     def run(self) -> int:
         """Train; returns the exit code: 0 done, 75 stopped by a signal after saving.
 
         Raises:
-            UserError: more steps in a row were skipped than ``train.spike.max_consecutive``.
+            UserError: more steps in a row were skipped than ``train.spike.max_consecutive``, or more checkpoints in a
+                row could not be written than ``train.checkpoint.max_failures``.
         """
         stop = StopSignal(self.groups.host)
         window = Window(self.platform.device, len(self.train_step.method.terms), self.train_step.method.row_flops)
+        self._peers = self._gather_peers()
+        self.watchdog.total_steps, self.watchdog.background = self.total_steps, self.saver.under_way
+        self.watchdog.now("in callbacks before the first step", self.step, LONG)
         for callback in self.callbacks:
             callback.on_start(self)
-        stopped = False
-        window.reset()
+        stopped, first = False, self.step
+        self._reset(window)
         while self.step < self.total_steps and not stopped:
+            patience = LONG if self.step == first else 1.0
+            self.clock.begin("data")
+            self.watchdog.now("waiting for data", self.step, patience, self.loader.waiting_for)
             batch = next(self.loader)
+            self.watchdog.now("in the step that follows", self.step, patience)
             self._one_step(batch, window)
+            self.watchdog.now("agreeing with the others", self.step)
             stopped = stop.agreed()
+            with self.clock.within("save"):
+                self.saver.poll()
             if self.step % self.stage.train.logging.every_steps == 0 or self.step == self.total_steps or stopped:
                 self._record(window)
             if self.step % self.stage.train.checkpoint.every_steps == 0 and self.step < self.total_steps:
-                self.save(asynchronous=self.stage.train.checkpoint.asynchronous)
+                self.watchdog.now("agreeing with the others to save", self.step)
+                with self.clock.within("save"):
+                    if self.saver.is_free(self.step):
+                        self.watchdog.now("saving", self.step, LONG)
+                        self.saver.save(self.step, self.progress)
+        self.watchdog.now("agreeing with the others to end", self.step)
         stop.finish()
-        self.save(asynchronous=False)
+        self.watchdog.now("saving for the last time", self.step, LONG)
+        self.saver.finish(self.step, self.progress)
+        self.watchdog.now("closing the data and in callbacks after the last step", self.step, LONG)
         self.loader.close()
         for callback in self.callbacks:
             callback.on_end(self)
         return STOPPED if stopped and self.step < self.total_steps else 0
 
+    def close(self) -> None:
+        """Let go of what works in the background, however training ended; what it is busy with is finished."""
+        self.watchdog.now("finishing what is being saved", self.step)
+        self.saver.close()
+        self.watchdog.now("closing the data", self.step, detail=self.loader.waiting_for)
+        self.loader.close()
+
     def _one_step(self, batch: StepBatch, window: Window) -> None:
         self.rate = learning_rate(self.step, self.total_steps, self.stage.train.schedule)
         result = self.train_step.run(batch.rows, self.rate)
+        self.clock.begin("other")
         self.step += 1
         window.add(result, batch)
+        self.skipped.add(self.step, result.skip, batch)
         self.totals.add(batch)
+        self.watchdog.now("in callbacks", self.step, LONG)
         for callback in self.callbacks:
             callback.on_step(self, batch)
 
     def _record(self, window: Window) -> None:
+        self.watchdog.now("waiting for the device and the others to record", self.step)
         record = self._summarise(window)
+        self.skipped.settle()
+        self.watchdog.now("in callbacks", self.step, LONG)
         if record.skipped_now:
             self._name_worst(record)
         for callback in self.callbacks:
@@ -129,10 +171,22 @@ class Loop:
             raise UserError(
                 f"step {self.step}",
                 f"{in_a_row} steps in a row had anomalous gradients, and train.spike.max_consecutive is "
-                f"{self.stage.train.spike.max_consecutive}; "
-                "go back to an earlier checkpoint with --resume DIR, or lower the learning rate",
+                f"{self.stage.train.spike.max_consecutive}; {self.skipped.named()}; look at these samples, go back to "
+                "an earlier checkpoint with --resume DIR, or lower the learning rate",
             )
+        self._reset(window)
+
+    def _reset(self, window: Window) -> None:
+        # Ranks are differently long in callbacks; they begin to measure together.
+        dist.barrier(group=self.groups.host)
         window.reset()
+        self.clock.reset()
+
+    def _gather_peers(self) -> list[Peer]:
+        peers: list[Any] = [None] * self.groups.world_size
+        mine = Peer(host_name(), self.groups.pipeline_rank)
+        dist.all_gather_object(peers, mine, group=self.groups.host)
+        return peers
 
     def _summarise(self, window: Window) -> Record:
         """The one place where the host waits for the device."""
@@ -141,7 +195,8 @@ class Loop:
         means = (window.losses / window.good_steps.clamp(min=1)).tolist()
         losses = dict(zip(method.terms, means, strict=True))
         weighted = {name: weight * losses[name] for name, weight in zip(method.terms, method.weights, strict=True)}
-        seconds = time.perf_counter() - window.started
+        times, seconds = self.clock.read(), time.perf_counter() - window.started
+        everyone = gather_times(times, self.groups.host)
         # Each data-parallel rank has its own rows; the others repeat them.
         sources = list(self.stage.data.sources)
         mine = [window.tokens, window.positions, window.images, window.samples, window.flops]
@@ -176,6 +231,9 @@ class Loop:
             draws=dict(self.totals.draws),
             faults=dict(self.totals.faults),
             memory_bytes=self.platform.max_memory_allocated(),
+            times=mean_times(everyone, window.steps),
+            useful_seconds=useful_seconds(everyone, 1 - skipped_now / window.steps),
+            straggler=slowest([sum(own[phase] for phase in BUSY) for own in everyone], self._peers),
         )
 
     def _name_worst(self, record: Record) -> None:
@@ -187,26 +245,27 @@ class Loop:
         top = sorted({entry for part in everyone for entry in part}, reverse=True)[:3]
         record.extra.update({f"skipped_tensor/{name}": norm for norm, name in top})
 
-    def save(self, asynchronous: bool) -> None:
-        """Write a checkpoint of the current step, and delete those that the config does not keep."""
-        settings = self.stage.train.checkpoint
-        self.checkpointer.save(self.step, self.progress(), asynchronous)
-        if dist.get_rank() == 0:
-            prune(self.checkpointer.folder, settings.keep_last, settings.keep_every_steps)
-
-    def progress(self) -> dict:
+    def progress(self) -> dict[str, Any]:
         """Small state beside the tensors."""
         return {
             "loader": self.loader.state_dict(),
             "totals": self.totals.state_dict(),
             "spike": self.train_step.guard.state.tolist(),
             "rate": self.rate,
+            "schedule": {"total_steps": self.total_steps, **self.stage.train.schedule.model_dump()},
         }
 
-    def restore(self, meta: dict) -> None:
-        """Go on from a checkpoint's meta."""
+    def restore(self, meta: dict[str, Any]) -> None:
+        """Go on from a checkpoint's meta.
+
+        Raises:
+            CheckpointError: its learning rate is not that of the schedule, although the schedule is the same.
+        """
         progress = meta["progress"]
         self.step = meta["step"]
+        changed = check_resumed_rate(self.step, self.total_steps, self.stage.train.schedule, progress)
+        if changed and dist.get_rank() == 0:
+            logger.warning("%s", changed)
         self.loader.load_state_dict(progress["loader"])
         self.totals.load_state_dict(progress["totals"])
         self.train_step.guard.state = torch.tensor(progress["spike"], device=self.platform.device)

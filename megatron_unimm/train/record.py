@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_unimm.data.loader import StepBatch
 from megatron_unimm.data.workers import Row
 from megatron_unimm.train.step import StepResult
+from megatron_unimm.train.stragglers import Straggler
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class Record:
     """Samples passed over since the stage began, by kind."""
     memory_bytes: int
     """Peak of this rank so far."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step by what they went to (``train/timers.py``), the mean over ranks; they add up to the step's."""
+    useful_seconds: float = 0.0
+    """Of the time since the last record, what made optimizer steps."""
+    straggler: Straggler | None = None
+    """The slowest rank; None where no rank has its like."""
+    ledger: dict[str, float] = field(default_factory=dict)
+    """What became of the stage's time so far (``train/goodput.py``); filled in on rank 0."""
     extra: dict[str, float] = field(default_factory=dict)
     """Whatever a method or a callback adds."""
 

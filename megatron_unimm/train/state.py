@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_unimm.checkpoint.fallback import Tell, newest_intact
 from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
+from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.base import Section
@@ -27,6 +31,10 @@ NEW_PARTS = ("vision_head.*", "connector.*")
 """Parts that a base model may lack; they keep their fresh weights."""
 
 
+SHARDING = "fully_reshardable"
+"""Megatron-Core's name for optimizer state with the shapes of parameters."""
+
+
 def checkpoint_folder(run_dir: Path, stage_name: str) -> Path:
     """Folder of a stage's ``step_`` folders."""
     return run_dir / stage_name / "checkpoints"
@@ -37,7 +45,7 @@ def sharding_metadata(groups: ParallelGroups) -> dict[str, Any]:
     any layout reads any other's."""
     return {
         "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": SHARDING,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": groups.collection.dp_cp,
     }
@@ -144,22 +152,31 @@ class Start:
     """Checkpoint to read weights from."""
     resume: bool
     """True: also optimizer, schedule and data position."""
+    checked: bool = False
+    """Every file was found to have its hash."""
 
 
-def find_start(stage: StageConfig, run_dir: Path, resume: str) -> Start:
-    """The stage's own last checkpoint, else the previous stage's, else the base model.
+def find_start(stage: StageConfig, run_dir: Path, resume: str, ranks: Ranks, tell: Tell) -> Start:
+    """The stage's own newest intact checkpoint, else the previous stage's, else the base model; called on every rank.
 
     Args:
         resume: ``auto``, ``never`` or a checkpoint's folder.
+        tell: hears of damaged checkpoints of the stage, which are set aside.
 
     Raises:
         CheckpointError: nothing is there to start from; says what to run first.
     """
     if resume not in ("auto", "never"):
         return Start(Path(resume), resume=True)
-    own = latest(checkpoint_folder(run_dir, stage.name))
-    if own is not None and resume == "auto":
-        return Start(own, resume=True)
+    if resume == "auto":
+        own = newest_intact(checkpoint_folder(run_dir, stage.name), ranks, tell)
+        if own is not None:
+            return Start(own, resume=True, checked=True)
+    return ranks.from_first(lambda: _beginning(stage, run_dir))
+
+
+def _beginning(stage: StageConfig, run_dir: Path) -> Start:
+    """Where a stage starts that has no checkpoint of its own."""
     if stage.after is not None:
         before = latest(checkpoint_folder(run_dir, stage.after))
         if before is None:
@@ -214,13 +231,17 @@ class Checkpointer:
         self.average = average
         self.groups = groups
         self.io_group = io_group
-        self._pending: PendingSave | None = None
+        self.pending: PendingSave | None = None
+        """The last save, until it was waited for."""
 
     def save(self, step: int, progress: dict[str, Any], asynchronous: bool) -> Path:
         """Write ``step_…``; returns its folder once the tensors are copied (asynchronous) or committed.
 
         Args:
             progress: small JSON state: data position, skip counters.
+
+        Raises:
+            OSError, CheckpointError: as ``checkpoint.store.save``, of this save or of the one before.
         """
         self.wait()
         directory = step_directory(self.folder, step)
@@ -235,10 +256,11 @@ class Checkpointer:
             "stage": self.stage.name,
             "step": step,
             "progress": progress,
+            "optimizer_steps": self._optimizer_steps(),
             "average_steps": None if self.average is None else float(self.average.steps),
             "config": dump(self.stage),
         }
-        self._pending = save(
+        self.pending = save(
             self._state(is_loading=False),
             directory,
             meta,
@@ -250,13 +272,17 @@ class Checkpointer:
         return directory
 
     def wait(self) -> None:
-        """Until the last save is committed."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        """Until the last save is committed. Raises what it raised."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.wait()
 
-    def restore(self, directory: Path) -> dict[str, Any]:
-        """Fill model and optimizer; returns the checkpoint's meta."""
+    def restore(self, directory: Path, checked: bool = False) -> dict[str, Any]:
+        """Fill model and optimizer; returns the checkpoint's meta.
+
+        Args:
+            checked: its files have just been hashed.
+        """
         meta = check_architecture(directory, self.stage)
         if meta.get("kind") != "training":
             raise CheckpointError(
@@ -265,7 +291,8 @@ class Checkpointer:
         if self.average is not None and meta.get("average_steps") is None:
             raise CheckpointError(str(directory), "has no average of the weights; set train.ema_decay to null")
         unread = (f"{AVERAGE_PREFIX}*",) if self.average is None else ()
-        state = load(self._state(is_loading=True), directory, may_be_unread=unread)
+        state = load(self._state(is_loading=True), directory, may_be_unread=unread, check=not checked)
+        state["optimizer"] = with_own_groups(state["optimizer"], self.optimizer, meta["optimizer_steps"])
         if self.average is not None:
             # Loading leaves out what is empty: the average of a stage of the pipeline in which nothing trains.
             self.average.load(state["optimizer"], state.get("average", {}), meta["average_steps"])
@@ -275,6 +302,13 @@ class Checkpointer:
             wrapped.module.eval().train()
         return meta
 
+    def _optimizer_steps(self) -> int:
+        """Updates that were made. Stages of a pipeline in which nothing trains count none, perhaps the first rank's."""
+        groups = [group for part in self.optimizer.chained_optimizers for group in _groups(part)]
+        steps = torch.tensor(max((int(group["step"]) for group in groups), default=0))
+        dist.all_reduce(steps, dist.ReduceOp.MAX, group=self.groups.host)
+        return int(steps)
+
     def _state(self, is_loading: bool) -> dict[str, Any]:
         state = model_state([wrapped.module for wrapped in self.wrapped], self.groups)
         model, metadata = dict(state), sharding_metadata(self.groups)
@@ -282,3 +316,30 @@ class Checkpointer:
         if self.average is not None:
             state["average"] = self.average.sharded_state_dict(model, is_loading, metadata)
         return state
+
+
+def with_own_groups(state: Any, optimizer: ChainedOptimizer, steps: int) -> Any:
+    """A loaded optimizer state with this rank's own parameter groups in place of the checkpoint's.
+
+    A checkpoint keeps the first rank's groups alone. Other stages of a pipeline may have others, and with experts
+    spread over ranks there are two chained optimizers instead of one. Of what groups hold, only the count of updates
+    is state: the rest comes from the recipe, and the learning rate from the schedule.
+    """
+    parts = optimizer.chained_optimizers
+    if not parts:
+        return state
+    states = [state] if len(parts) == 1 else [state.get(number, {}) for number in range(len(parts))]
+    for part, its in zip(parts, states, strict=True):
+        if not part.is_stub_optimizer:
+            its["optimizer"] = {"param_groups": [group | {"step": steps} for group in _groups(part)]}
+            its["param_state_sharding_type"] = SHARDING
+    return states[0] if len(parts) == 1 else dict(enumerate(states))
+
+
+def _groups(part: MegatronOptimizer) -> list[dict[str, Any]]:
+    """What the optimizer's groups hold beside parameters; none where nothing trains."""
+    if part.is_stub_optimizer:
+        return []
+    assert isinstance(part, DistributedOptimizer)
+    state: dict[str, Any] = part.state_dict()["optimizer"]
+    return state["param_groups"]

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
 from megatron_unimm.config.recipe import StageConfig
@@ -28,6 +27,7 @@ from megatron_unimm.train.adam import FusedAdamW
 from megatron_unimm.train.average import WeightAverage
 from megatron_unimm.train.optimizer import GradientMeter, set_learning_rate
 from megatron_unimm.train.spike import SpikeGuard
+from megatron_unimm.train.timers import StepClock, TimedNeighbours
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.platform = platform
         self.groups = groups
+        self.clock = StepClock.of(platform.device)
         self.meter = GradientMeter(optimizer, chunks, groups, platform.device)
         self.guard = SpikeGuard(stage.train.spike, platform.device)
         self.worst = torch.zeros(len(self.meter.tensor_names), device=platform.device)
@@ -72,9 +73,9 @@ class TrainStep:
         self._schedule = get_forward_backward_func(stage.system.parallel.pipeline, _virtual(stage))
         config = chunks[0].module.config
         pipelined = groups.config.pipeline > 1
-        self._neighbours = P2PCommunicator(groups.collection.pp, config) if pipelined else None
+        self._neighbours = TimedNeighbours(groups.collection.pp, config, self.clock) if pipelined else None
         for chunk in chunks:
-            chunk.module.config.finalize_model_grads_func = partial(_finalize, groups=groups)
+            chunk.module.config.finalize_model_grads_func = partial(_finalize, groups=groups, clock=self.clock)
             if stage.system.overlap.grad_reduce:
                 config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
 
@@ -85,9 +86,11 @@ class TrainStep:
             float32 ``[terms]``: mean of each term over its global count, on every rank.
         """
         device = self.platform.device
+        self.clock.begin("reduce")
         counts = torch.tensor(self.method.counts(rows), dtype=torch.float32, device=device)
         dist.all_reduce(counts, group=self.groups.collection.dp)
         scale = self._weights / counts.clamp(min=1)  # [terms]
+        self.clock.begin("forward_backward")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         outputs = self._schedule(
@@ -102,6 +105,7 @@ class TrainStep:
             pg_collection=self.groups.collection,
         )
         sums = torch.stack([output["sums"] for output in outputs]).sum(dim=0) if outputs else torch.zeros_like(scale)
+        self.clock.begin("reduce")
         # Context ranks hold parts of each row, data ranks whole rows; tensor ranks hold copies.
         dist.all_reduce(sums, group=self.groups.collection.dp_cp)
         dist.all_reduce(sums, group=self.groups.collection.pp)  # zeros but on the last stage
@@ -110,6 +114,7 @@ class TrainStep:
     def run(self, rows: Sequence[Any], learning_rate: float) -> StepResult:
         """One optimizer step."""
         losses = self.forward_backward(rows)
+        self.clock.begin("optimizer")
         self.optimizer.prepare_grads()
         norms = self.meter.measure()
         skip = self.guard.judge(norms.total)
@@ -157,7 +162,13 @@ def _total(sums: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor, dict[str, Te
 
 
 def _finalize(
-    chunks: list[DistributedDataParallel], num_tokens: Tensor | None = None, *, groups: ParallelGroups, **_: Any
+    chunks: list[DistributedDataParallel],
+    num_tokens: Tensor | None = None,
+    *,
+    groups: ParallelGroups,
+    clock: StepClock,
+    **_: Any,
 ) -> None:
     """Reduce gradients over ranks without dividing them by a token count."""
+    clock.begin("reduce")
     finalize_model_grads(chunks, None, pg_collection=groups.collection)

@@ -13,10 +13,10 @@ from megatron_unimm.config.recipe import Recipe, StageConfig
 from megatron_unimm.convert.qwen2_5_vl import to_model_config
 
 LARGE, SMALL = "configs/orion/qwen2_5_vl_7b.yaml", "configs/orion/shapes.yaml"
-DECODER = "configs/orion/decoder_flux.yaml"
-WORLD_SIZES = {LARGE: 64 * 8, SMALL: 1, DECODER: 64 * 8}
+DECODER, MIXTURE = "configs/orion/decoder_flux.yaml", "configs/orion/qwen3_vl_30b_a3b.yaml"
+WORLD_SIZES = {LARGE: 64 * 8, SMALL: 1, DECODER: 64 * 8, MIXTURE: 64 * 8}
 CHAIN = [("warm_up", None), ("pretrain", "warm_up"), ("sft", "pretrain")]
-STAGES = {LARGE: CHAIN, SMALL: [*CHAIN, ("decoder", None)], DECODER: [("decoder", None)]}
+STAGES = {LARGE: CHAIN, MIXTURE: CHAIN, SMALL: [*CHAIN, ("decoder", None)], DECODER: [("decoder", None)]}
 
 # Table 1 of ORION, as printed. A dash: the stage reads no images to understand.
 TABLE_1 = """
@@ -94,10 +94,11 @@ def test_7b_recipe_mixes_the_papers_sample_counts() -> None:
     }
 
 
-def test_7b_recipe_generates_81_visual_tokens() -> None:
+def test_large_recipes_generate_81_visual_tokens() -> None:
     """Section 4.1: images are represented as 81 visual tokens."""
-    stage = load_recipe(LARGE).stages["sft"]
-    assert (stage.data.generation_size.max_side // stage.model.vision_encoder.token_pixels) ** 2 == 81
+    for path in (LARGE, MIXTURE):
+        stage = load_recipe(path).stages["sft"]
+        assert (stage.data.generation_size.max_side // stage.model.vision_encoder.token_pixels) ** 2 == 81
 
 
 @pytest.mark.parametrize("path", WORLD_SIZES)

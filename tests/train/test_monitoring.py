@@ -1,6 +1,7 @@
 """What a run writes for people to read: TensorBoard, the console, the log."""
 
 import io
+import json
 import logging
 import signal
 import warnings
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -25,15 +27,24 @@ from megatron_unimm.data.plan import BadSample
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train import log, setup
+from megatron_unimm.train.attempt import AttemptLog
 from megatron_unimm.train.callbacks.base import Callback
-from megatron_unimm.train.callbacks.console import Console, clock, compact, skipped_line, summary
+from megatron_unimm.train.callbacks.console import Console, skipped_line, summary
 from megatron_unimm.train.callbacks.default import default_callbacks
+from megatron_unimm.train.callbacks.metrics_file import MetricsFile
 from megatron_unimm.train.callbacks.moe_balance import MoEBalance
 from megatron_unimm.train.callbacks.tensorboard import TensorBoard, scalars
+from megatron_unimm.train.events import EventLog
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
+from megatron_unimm.train.poison import SkippedSteps
 from megatron_unimm.train.record import Record
+from megatron_unimm.train.safety import Safety
+from megatron_unimm.train.saving import Saver
 from megatron_unimm.train.step import TrainStep
+from megatron_unimm.train.stragglers import Straggler
+from megatron_unimm.train.watchdog import Watchdog
+from megatron_unimm.train.wording import clock, compact
 
 MOE = "model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 32}"
 SCALARS = {
@@ -50,6 +61,8 @@ SCALARS = {
     "speed/step_seconds",
     "speed/model_tflops_per_device",
     "speed/mfu",
+    *(f"time/{phase}" for phase in ("data", "forward_backward", "reduce", "optimizer", "save", "other")),
+    *(f"goodput/{what}" for what in ("share", "restarts", "lost_steps")),
     "memory/peak_gib",
     "data/padding_share",
     "data/faults/all",
@@ -76,6 +89,9 @@ class Rows:
 
     def state_dict(self) -> dict[str, int]:
         return {}
+
+    def waiting_for(self) -> str:
+        return "nothing"
 
     def close(self) -> None: ...
 
@@ -121,8 +137,10 @@ def make_loop(stage: StageConfig, world: tuple, folder: Path, steps: int, callba
     method, chunks = setup.build_model(stage, platform, groups)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     step = TrainStep(stage, method, wrapped, build_optimizer(wrapped, stage, groups), platform, groups)
-    checkpointer = SimpleNamespace(folder=folder, save=lambda *_: None, wait=lambda: None)
-    return Loop(stage, steps, Rows(stage), step, checkpointer, callbacks)
+    saver = SimpleNamespace(under_way=lambda: None, poll=lambda: None, is_free=lambda _: False, finish=lambda *_: None)
+    watchdog = Watchdog(folder, None, EventLog(folder, 0))
+    safety = Safety(cast("Saver", saver), watchdog, SkippedSteps(folder / "skipped_steps.jsonl", groups))
+    return Loop(stage, steps, Rows(stage), step, safety, callbacks)
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -144,7 +162,7 @@ def test_tensorboard_of_a_run_and_of_its_resume(
 ) -> None:
     """Every tag is there, on the stage's steps; after a resume at an earlier step nothing is drawn twice."""
     caplog.set_level(logging.INFO)
-    make_loop(stage, world, tmp_path, 4, default_callbacks(stage, tmp_path)).run()
+    make_loop(stage, world, tmp_path, 4, default_callbacks(stage, AttemptLog(tmp_path, ["sft"]))).run()
     events = read(tmp_path / "tensorboard")
     assert set(events.Tags()["scalars"]) == SCALARS
     assert all(list(curve(events, tag)) == [1, 2, 3, 4] for tag in SCALARS)
@@ -236,6 +254,32 @@ def test_the_line_of_a_record() -> None:
     line = "ce 0.512  mse 0.034  |g| 0.831  lr 9.1e-05  5.2k tok/s  0 skipped"
     assert summary(make_record()) == line
     assert "  mfu 40.4%  " in summary(make_record(mfu=0.4043))
+
+
+def test_the_time_of_a_step_in_the_line() -> None:
+    """Per cent, the largest first; what is below two is left out."""
+    times = {"data": 0.03, "forward_backward": 0.8, "pipeline": 0.01, "reduce": 0.1, "optimizer": 0.06}
+    assert "  5.2k tok/s (fb 80 reduce 10 opt 6 data 3 %)  " in summary(make_record(times=times))
+
+
+def test_scalars_of_time_stragglers_and_goodput() -> None:
+    ledger = dict(elapsed_seconds=20.0, wall_seconds=200.0, good_seconds=150.0, lost_steps=7, restarts=2)
+    times = {"data": 0.1, "reduce": 0.2}
+    tags = scalars(make_record(times=times, straggler=Straggler(37, "n5", 1.42), ledger=ledger), {})
+    expected = {"time/data": 0.1, "time/reduce": 0.2, "straggler/rank": 37, "straggler/ratio": 1.42}
+    expected |= {"goodput/share": 0.75, "goodput/restarts": 2, "goodput/lost_steps": 7}
+    assert expected.items() <= tags.items()
+
+
+@pytest.mark.usefixtures("world")
+def test_records_after_a_resume(tmp_path: Path) -> None:
+    """Those of steps that will be done again go, and so does one that was not written to its end."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "los')
+    file = MetricsFile(path)
+    file.on_start(SimpleNamespace(step=2))
+    file.on_record(SimpleNamespace(), make_record(step=3))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_scalars_leave_out_what_is_not_known() -> None:

@@ -67,6 +67,7 @@ class DaliDecoder(Decoder):
     def __init__(
         self, *, max_pixels: int, threads: int, device: int | None = None, resize_in_graph: bool | None = None
     ) -> None:
+        super().__init__()
         self.num_failures = 0
         """Batches that DALI gave up on; they were done again with Pillow."""
         self._max_pixels = max_pixels
@@ -84,7 +85,8 @@ class DaliDecoder(Decoder):
         def begin(index: int) -> None:
             """Reads the file; what is not for DALI is done here and now."""
             request = requests[index]
-            encoded = read_encoded(request.file, self._max_pixels)
+            with self.in_flight.during(request.file):
+                encoded = read_encoded(request.file, self._max_pixels)
             if isinstance(encoded, SampleError):
                 answers[index] = encoded
             elif self._is_for_pillow(request, encoded):

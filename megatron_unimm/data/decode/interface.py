@@ -14,6 +14,7 @@ from megatron_unimm.config.data import ImageSize, ResizeFilter
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.image_files import ImageFile
 from megatron_unimm.data.images import PatchFormat, num_patches, patch_dim, patchify
+from megatron_unimm.data.in_flight import InFlight
 
 Finish = Callable[[int, np.ndarray], np.ndarray]
 """What becomes of the pixels of image i; called in several threads."""
@@ -44,6 +45,10 @@ class Decoder(ABC):
     An image that cannot be used is answered with a SampleError in its place; the others are not affected. Safe to call
     from several threads.
     """
+
+    def __init__(self) -> None:
+        self.in_flight = InFlight()
+        """The files that are being read or decoded."""
 
     def load(self, requests: Sequence[ImageRequest], form: PatchFormat) -> list[np.ndarray | SampleError]:
         """Patches of each image: float32 [P_i, patch_dim].

@@ -39,12 +39,14 @@ class PillowDecoder(Decoder):
     """
 
     def __init__(self, *, max_pixels: int, threads: int) -> None:
+        super().__init__()
         self._max_pixels = max_pixels
         self._threads = Threads(threads, "decode")
 
     def _run(self, requests: Sequence[ImageRequest], finish: Finish) -> list[np.ndarray | SampleError]:
         def one(index: int) -> np.ndarray | SampleError:
-            return decode_with_pillow(index, requests[index], self._max_pixels, finish)
+            with self.in_flight.during(requests[index].file):
+                return decode_with_pillow(index, requests[index], self._max_pixels, finish)
 
         return self._threads.map(one, range(len(requests)))
 

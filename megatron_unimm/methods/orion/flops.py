@@ -24,14 +24,19 @@ def vision_head_cost(
     Q-Former: per layer and pair of tokens 2 · 2n H (3H + H) and 2 · 2n H 2H twice, attention over 2 × 2 pairs
     4 · 4n H, and one projection 2 n H H; its query token is a weight, so gradient passes through all of it.
     """
+    products = vision_head_work(model, hidden, num_positions)
+    return sum(work.cost(trains, passes_gradient or (inner and trains)) for work, inner in products)
+
+
+def vision_head_work(model: VisionHeadConfig, hidden: int, num_positions: int) -> list[tuple[Work, bool]]:
+    """The same as works, each with whether it is behind weights of the head, whose training passes a gradient."""
     square = 2.0 * num_positions * hidden * hidden
     if model.kind == "linear":
-        return Work(square).cost(trains, passes_gradient)
+        return [(Work(square), False)]
     if model.kind == "mlp":
-        layer = Work(square * model.expansion)
-        return layer.cost(trains, passes_gradient) + layer.cost(trains, trains or passes_gradient)
+        return [(Work(square * model.expansion), False), (Work(square * model.expansion), True)]
     layer = Work(2 * square * 4 + 2 * square * 2 * 2, 16.0 * num_positions * hidden)
-    return (layer.times(model.num_layers) + Work(square)).cost(trains, trains or passes_gradient)
+    return [(layer.times(model.num_layers) + Work(square), True)]
 
 
 def frozen_parts(stage: StageConfig) -> frozenset[str]:

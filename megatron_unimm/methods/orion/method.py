@@ -56,10 +56,7 @@ class Orion:
         return [text, vision, vision]
 
     def travelling_rows(self) -> int:
-        """The student's row, the teacher's beside it, and deepstack levels under both."""
-        models = 2 if self.config.loss_weights.kl > 0 else 1
-        streams = models * (1 + travelling_levels(self.stage.model, self.stage.system.parallel))
-        return self.stage.data.sequence_length * streams
+        return travelling_rows(self.stage)
 
     def base_parts(self) -> dict[str, Path]:
         """Teacher and target tower are the base model's."""
@@ -68,8 +65,7 @@ class Orion:
 
     def work(self, data: DataSetup) -> ConversationWork:
         """Conversations as tokens."""
-        alignment = 2 * self.stage.system.parallel.context if self.stage.system.parallel.context > 1 else 1
-        return ConversationWork(data.chat(), data.sources, data.features, alignment, self.stage.train.seed)
+        return ConversationWork(data.chat(), data.sources, data.features, alignment(self.stage), self.stage.train.seed)
 
     def row_flops(self, row: PackedRow) -> float:
         return row_flops(row, self.stage, self._frozen_parts)
@@ -80,3 +76,16 @@ class Orion:
     def part_configs(self) -> dict[str, Any]:
         """How the head is built, for exports."""
         return {"vision_head": self.config.vision_head.model_dump(mode="json")}
+
+
+def travelling_rows(stage: StageConfig) -> int:
+    """The student's row, the teacher's beside it, and deepstack levels under both."""
+    assert isinstance(stage.method, OrionConfig)
+    models = 2 if stage.method.loss_weights.kl > 0 else 1
+    return stage.data.sequence_length * models * (1 + travelling_levels(stage.model, stage.system.parallel))
+
+
+def alignment(stage: StageConfig) -> int:
+    """Of samples in a row: each context rank has two chunks of every one."""
+    context = stage.system.parallel.context
+    return 2 * context if context > 1 else 1

@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import math
 
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -13,11 +12,16 @@ from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.log import terminal_console
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.record import Record
+from megatron_unimm.train.wording import clock, compact
 
 logger = logging.getLogger(__name__)
 
 SHORT = {"cross_entropy": "ce"}
 """Names of loss terms that are long for one line."""
+PHASES = {"forward_backward": "fb", "pipeline": "pipe", "reduce": "reduce", "optimizer": "opt"}
+"""Short names of phases, where they have one."""
+SMALLEST_SHARE = 0.02
+"""Of a step's time; what takes less is left out of the line."""
 SKIPPED_TENSOR = "skipped_tensor/"
 """Prefix in ``Record.extra`` of the tensors with the largest gradients of a skipped step."""
 
@@ -25,8 +29,8 @@ SKIPPED_TENSOR = "skipped_tensor/"
 class Console(Callback):
     """On a terminal a progress bar with the last record beside it; elsewhere one line per record. Rank 0 only.
 
-    A line reads ``step 120/300  ce 0.512  mse 0.034  kl 0.012  |g| 0.83  lr 9.1e-05  5.2k tok/s  0 skipped  eta
-    02:10``.
+    A line reads ``step 120/300  ce 0.512  mse 0.034  kl 0.012  |g| 0.83  lr 9.1e-05  5.2k tok/s (fb 81 reduce 9 opt 6
+    data 3 %)  0 skipped  eta 02:10``.
     """
 
     def __init__(self) -> None:
@@ -75,11 +79,21 @@ def summary(record: Record) -> str:
     """Losses, gradient norm, learning rate and speed on one line."""
     parts = [f"{SHORT.get(name, name)} {value:.3g}" for name, value in record.losses.items() if "/" not in name]
     parts += [f"|g| {record.gradient_norm:.3g}", f"lr {max(record.learning_rates.values(), default=0.0):.2g}"]
-    parts.append(f"{compact(record.tokens_per_second)} tok/s")
+    split = time_split(record)
+    parts.append(f"{compact(record.tokens_per_second)} tok/s" + (f" ({split})" if split else ""))
     if record.mfu is not None:
         parts.append(f"mfu {record.mfu:.1%}")
     parts.append(f"{record.skipped_steps} skipped")
     return "  ".join(parts)
+
+
+def time_split(record: Record) -> str:
+    """Per cent of a step's time by phase, without those that hardly count: ``fb 81 reduce 9 opt 6 data 3 %``."""
+    whole = sum(record.times.values())
+    shares = {phase: seconds / whole for phase, seconds in record.times.items() if seconds > SMALLEST_SHARE * whole}
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    text = " ".join(f"{PHASES.get(phase, phase)} {share:.0%}".removesuffix("%") for phase, share in ordered)
+    return text and f"{text} %"
 
 
 def skipped_line(record: Record) -> str:
@@ -92,21 +106,3 @@ def skipped_line(record: Record) -> str:
     worst = ", ".join(f"{name} {norm:.3g}" for name, norm in sorted(norms.items(), key=lambda item: -item[1]))
     count = f"{record.skipped_now} of the last steps skipped for their gradients ({record.skipped_steps} in all)"
     return f"step {record.step}: {count}" + (f"; largest in the last of them: {worst}" if worst else "")
-
-
-def compact(value: float) -> str:
-    """A number in at most four characters or so: 873, 5.2k, 1.3M."""
-    for suffix in ("", "k", "M", "G"):
-        if abs(value) < 1000 or suffix == "G":
-            return f"{value:.0f}{suffix}" if abs(value) >= 100 or not suffix else f"{value:.1f}{suffix}"
-        value /= 1000
-    raise AssertionError("unreachable")
-
-
-def clock(seconds: float) -> str:
-    """``02:10``, ``1:02:10`` or ``3d 04:00:00``."""
-    whole = math.ceil(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days}d {hours:02}:{minutes:02}:{whole % 60:02}"
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes:02}:{whole % 60:02}"

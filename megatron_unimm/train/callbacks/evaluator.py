@@ -1,6 +1,5 @@
 """Scores the model while it trains, with the suites that the recipe names."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from megatron_unimm.evaluate.suites import suite_of
 from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.paint import Painter
 from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.json_lines import append_line, keep_lines
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.record import Record
 from megatron_unimm.train.setup import chat_format
@@ -64,10 +64,9 @@ class Evaluator(Callback):
 
     def on_start(self, loop: Loop) -> None:
         self._done_at = loop.step
-        if dist.get_rank() == 0 and self.path.exists():
+        if dist.get_rank() == 0:
             # After a resume, lines of steps that will be done again are dropped.
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= loop.step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            keep_lines(self.path, lambda line: line["step"] <= loop.step)
         if self.settings.at_start and loop.step == 0:
             self._show(self._evaluate(loop), loop.step)
 
@@ -113,8 +112,7 @@ class Evaluator(Callback):
             "counts": result.counts,
             "seconds": round(seconds, 3),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, line)
         shown = "  ".join(f"{name} {score:.3f}" for name, score in result.scores.items())
         logger.info("step %d, %s: %s (%.1f s)", step, suite, shown, seconds)
 

@@ -1,12 +1,12 @@
 """Every record as one line of JSON: what scripts and summaries read."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.json_lines import append_line, keep_lines
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.record import Record
 
@@ -19,11 +19,9 @@ class MetricsFile(Callback):
         self.path = path
 
     def on_start(self, loop: Loop) -> None:
-        if dist.get_rank() == 0 and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= loop.step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        if dist.get_rank() == 0:
+            keep_lines(self.path, lambda line: line["step"] <= loop.step)
 
     def on_record(self, loop: Loop, record: Record) -> None:
         if dist.get_rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+            append_line(self.path, asdict(record))

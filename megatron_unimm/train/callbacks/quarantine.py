@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_unimm.data.loader import StepBatch
 from megatron_unimm.data.plan import BadSample
 from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.json_lines import read_lines
 from megatron_unimm.train.loop import Loop
 
 
@@ -24,8 +25,7 @@ class Quarantine(Callback):
         self.known: set[str] = set()
 
     def on_start(self, loop: Loop) -> None:
-        if self.path.exists():
-            self.known = {json.loads(line)["what"] for line in self.path.read_text().splitlines()}
+        self.known = {line["what"] for line in read_lines(self.path)}
 
     def on_step(self, loop: Loop, batch: StepBatch) -> None:
         if dist.get_rank() == 0:

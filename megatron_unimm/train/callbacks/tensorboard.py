@@ -16,6 +16,7 @@ from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.callbacks.markdown import code_block
 from megatron_unimm.train.callbacks.picture_samples import PictureSamples
 from megatron_unimm.train.callbacks.text_samples import TextSamples
+from megatron_unimm.train.goodput import Ledger
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.record import Record
 from megatron_unimm.train.setup import describe_trainable
@@ -103,6 +104,12 @@ def scalars(record: Record, requested: Mapping[str, float], per_module: bool = T
     }
     if record.mfu is not None:
         values["speed/mfu"] = record.mfu
+    values |= {f"time/{phase}": seconds for phase, seconds in record.times.items()}
+    if record.straggler is not None:
+        values |= {"straggler/ratio": record.straggler.ratio, "straggler/rank": record.straggler.rank}
+    if record.ledger:
+        values["goodput/share"] = Ledger(**record.ledger).share
+        values |= {f"goodput/{name}": record.ledger[name] for name in ("restarts", "lost_steps")}
     values["memory/peak_gib"] = record.memory_bytes / 2**30
     return values | _data_scalars(record, requested) | record.extra
 

@@ -55,39 +55,14 @@ class OrionDecoder:
         Raises:
             ConfigError: a size that is no whole number of tokens.
         """
-        sizes, encoder = self.stage.data, self.stage.model.vision_encoder
-        assert sizes.drawing_size is not None
-        check_size(sizes.drawing_size, self.generator.token_pixels, "data.drawing_size")
-        check_size(sizes.generation_size, encoder.token_pixels, "data.generation_size")
-        check_size(sizes.understanding_size, encoder.token_pixels, "data.understanding_size")
-        return DrawingWork(
-            generator=self.generator,
-            encoder=self.stage.model.vision_encoder,
-            data=self.stage.data,
-            sources=data.sources,
-            seed=self.stage.train.seed,
-            condition_dropout=self.config.condition_dropout,
-            with_sources=self.config.connector.sources,
-            condition_noise=self.config.condition_noise,
-            stream_multiple=stream_multiple(self.stage),
-            features=data.features,
-            latents=data.latents,
-        )
+        return drawing_work(self.stage, data)
 
     def num_vectors(self) -> int | None:
-        """Conditioning vectors of a row that travels through a pipeline: as many as the smallest pictures would need,
-        with the smallest conditions."""
-        parallel, data = self.stage.system.parallel, self.stage.data
-        if parallel.pipeline == 1:
-            return None
-        assert data.drawing_size is not None
-        smallest = smallest_area(data.drawing_size, self.generator.token_pixels)
-        smallest += smallest_area(data.generation_size, self.stage.model.vision_encoder.token_pixels)
-        return round_up(data.sequence_length // smallest + 1, parallel.tensor if parallel.sequence else 1)
+        """See :func:`num_vectors`."""
+        return num_vectors(self.stage)
 
     def travelling_rows(self) -> int:
-        """Hidden states, and a copy of the vectors for each context rank."""
-        return self.stage.data.sequence_length + self.stage.system.parallel.context * (self.num_vectors() or 0)
+        return travelling_rows(self.stage)
 
     def base_parts(self) -> dict[str, Path]:
         """The vision encoder is the base model's, the last stage's VAE the image generator's."""
@@ -164,6 +139,48 @@ class OrionDecoder:
         values[: sizes.sum()] = np.repeat(per_picture, sizes, axis=0)
         weight_t, counted_t, bin_t = torch.from_numpy(values).to(place.device).index_select(0, canvas.image_index).T
         return LossInput(weight_t.float(), counted_t.float(), bin_t.long())
+
+
+def drawing_work(stage: StageConfig, data: DataSetup) -> DrawingWork:
+    """What is done to samples; see :meth:`OrionDecoder.work`."""
+    assert isinstance(stage.method, OrionDecoderConfig)
+    assert stage.generator is not None
+    sizes, encoder = stage.data, stage.model.vision_encoder
+    assert sizes.drawing_size is not None
+    check_size(sizes.drawing_size, stage.generator.token_pixels, "data.drawing_size")
+    check_size(sizes.generation_size, encoder.token_pixels, "data.generation_size")
+    check_size(sizes.understanding_size, encoder.token_pixels, "data.understanding_size")
+    return DrawingWork(
+        generator=stage.generator,
+        encoder=encoder,
+        data=sizes,
+        sources=data.sources,
+        seed=stage.train.seed,
+        condition_dropout=stage.method.condition_dropout,
+        with_sources=stage.method.connector.sources,
+        condition_noise=stage.method.condition_noise,
+        stream_multiple=stream_multiple(stage),
+        features=data.features,
+        latents=data.latents,
+    )
+
+
+def num_vectors(stage: StageConfig) -> int | None:
+    """Conditioning vectors of a row that travels through a pipeline: as many as the smallest pictures would need, with
+    the smallest conditions. None without a pipeline: as many as pictures."""
+    parallel, data = stage.system.parallel, stage.data
+    if parallel.pipeline == 1:
+        return None
+    assert data.drawing_size is not None
+    assert stage.generator is not None
+    smallest = smallest_area(data.drawing_size, stage.generator.token_pixels)
+    smallest += smallest_area(data.generation_size, stage.model.vision_encoder.token_pixels)
+    return round_up(data.sequence_length // smallest + 1, parallel.tensor if parallel.sequence else 1)
+
+
+def travelling_rows(stage: StageConfig) -> int:
+    """Hidden states, and a copy of the vectors for each context rank."""
+    return stage.data.sequence_length + stage.system.parallel.context * (num_vectors(stage) or 0)
 
 
 def _stored(values: np.ndarray, place: Place) -> torch.Tensor:
