@@ -507,19 +507,17 @@ def tower_pass(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
 
 
 def vae_pass(model: VaeConfig, pixels: float, itemsize: int) -> Kept:
-    """A frozen VAE encodes all pictures of one size at once: at full resolution a residual block has its input, what
-    is normalised (in fp32 first, where pictures are in bf16), and what a convolution makes of it."""
-    upcast = 0 if itemsize == FLOAT else FLOAT
-    return Kept(0.0, pixels * model.block_channels[0] * (3 * itemsize + upcast))
+    """A frozen VAE encodes all pictures of one size at once: at full resolution a residual block has its input, and of
+    its second half what comes in, that normalised, that activated, and what the convolution makes of it."""
+    return Kept(0.0, 5 * pixels * model.block_channels[0] * itemsize)
 
 
 # -- activations of losses and heads
 
 
 def final_norm_kept(model: BackboneConfig, spread: Spread, row: float, trains: bool) -> Kept:
-    """The norm behind the last layer; under sequence parallelism its output is gathered for what follows."""
-    kept = _norm(spread.between(row), model.hidden_size, True, spread, trains)
-    return Kept(kept, 2 * spread.tokens(row) * model.hidden_size * spread.itemsize)
+    """The norm behind the last layer."""
+    return Kept(_norm(spread.between(row), model.hidden_size, True, spread, trains))
 
 
 def logits_kept(model: BackboneConfig, spread: Spread, positions: float) -> Kept:

@@ -12,6 +12,7 @@ from tiny_checkpoint import V, picture, stage_config
 
 from megatron_unimm.cli import main
 from megatron_unimm.cli.evaluate import evaluate as command
+from megatron_unimm.config.recipe import Recipe
 from megatron_unimm.data.shapes import write_shapes
 from megatron_unimm.errors import ConfigError
 from megatron_unimm.evaluate.api import evaluate
@@ -182,7 +183,7 @@ def test_scores_while_training(tiny: Path, tmp_path: Path) -> None:
         stage = stage_config(tiny / "base", *sources, *common, *evaluation)
         stage.after = None
         folder = tmp_path / name / "sft"
-        assert run.train_stage(None, stage, tmp_path / name) == 0  # type: ignore[arg-type]
+        assert run.train_stage(Recipe(name="test", stages={stage.name: stage}), stage, tmp_path / name) == 0
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [record["losses"] for record in records]
         if name == "with":

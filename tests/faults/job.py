@@ -18,6 +18,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.train.events import Event, read_events
 
 PRELOADED = ["megatron_unimm.train.run", "megatron_unimm.cli.main", "job"]
@@ -111,6 +114,14 @@ class Job:
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Tensors of two checkpoints that are not the same bit for bit: weights, their masters, moments and averages."""
+    with Reader(one) as first, Reader(other) as second:
+        assert any(key.startswith("optimizer.state.exp_avg_sq.") for key in first.tensors)
+        assert first.tensors.keys() == second.tensors.keys()
+        return [key for key in first.tensors if not torch.equal(first.read(key), second.read(key))]
 
 
 def pid_file(run_dir: Path, rank: int) -> Path:

@@ -107,6 +107,7 @@ def test_a_save_that_does_not_end_while_training_goes_on(job: Job) -> None:
 def hold_interpreter(rank: int, run_dir: Path, *, on: int, step: int) -> None:
     """A C library takes the GIL and keeps it."""
     watchdog.REPORT_SECONDS = 3.0
+    in_step(rank, run_dir, step=1, on=rank, act=less_patience)
     if rank == on:
         calls = 0
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from injected import POINTS, kill_at, record_samples
-from job import Job, step_name
+from job import Job, differences, step_name
 
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.checkpoint.store import latest
-from megatron_unimm.convert import verify
 
 STEPS = 60
 SEED = 20
@@ -56,9 +55,7 @@ def test_twenty_random_kills(job: Job, tmp_path: Path) -> None:
     killed.finish(2, faults=[record_samples])
 
     directories = [run.checkpoints / step_name(STEPS) for run in (whole, killed)]
-    report = verify(*directories)
-    assert report.identical, report.differences[:3]
-    assert report.tensors > 100, "weights, moments and averages"
+    assert not differences(*directories)
     expected, found = (read_meta(directory) for directory in directories)
     assert found["progress"] == expected["progress"]
     assert (found["optimizer_steps"], found["average_steps"]) == (STEPS, STEPS)
@@ -75,6 +72,7 @@ def test_twenty_random_kills(job: Job, tmp_path: Path) -> None:
         assert all(samples == once[step] for step, samples in again)
 
 
+@pytest.mark.slow
 def test_a_kill_between_taking_a_checkpoint_away_and_marking_the_new_one(job: Job) -> None:
     """Where a step is saved again, the old checkpoint is there until the new one is finished."""
     job.finish(1, "train.steps=2", "train.checkpoint.keep_last=1")

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import write_base
 from injected import in_step, record_samples, stop_by_signal
 from job import Job
+from small_base import write_base
 
 STEPS = 6
 TOLERANCE = 1e-4

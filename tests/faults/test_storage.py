@@ -50,6 +50,7 @@ def test_a_disk_that_stays_full_ends_the_run(job: Job) -> None:
     assert len(job.events("save_failed")) == 2
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_must_be_written(job: Job) -> None:
     outcome = job.run(1, "train.steps=2", faults=[partial(full_disk, on=0, saves=(1,))])
     assert outcome.codes == [2]
@@ -153,6 +154,7 @@ def test_two_ranks_find_what_one_of_them_hashes(job: Job) -> None:
     assert latest(job.checkpoints) == job.checkpoints / step_name(6)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(job: Job) -> None:
     """--resume DIR means that one: nothing is set aside, nothing else is taken."""
     job.finish(1, faults=[no_hurry])

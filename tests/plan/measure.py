@@ -1,5 +1,6 @@
 """Counts what a model chunk really keeps: the storages that autograd saves for the backward pass."""
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from small_decoder import SMALL_DECODER
 from small_orion import SMALL
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_unimm.config.load import load_recipe
 from megatron_unimm.config.recipe import StageConfig
@@ -53,6 +55,30 @@ def kept_bytes(chunk: StageModel, batch: Any) -> tuple[int, Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = chunk(batch)
     return sum(storage.nbytes() for storage in saved.values()), output
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that are made and still there, at their most, besides those that were there before."""
+
+    def __init__(self, before: Any) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in tensors_in(before)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(output):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                self.most = max(self.most, self._now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return output
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
 
 
 def storage_bytes(values: Any) -> int:

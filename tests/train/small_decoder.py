@@ -26,6 +26,7 @@ World = tuple[Platform, ParallelGroups]
 
 SMALL_DECODER = (
     *SMALL,
+    "method.condition_noise=0",  # references know none; tests of noise set it
     "generator.mmdit.num_layers=2",
     "generator.mmdit.num_heads=2",
     "generator.mmdit.head_size=16",

@@ -21,6 +21,7 @@ SMALL = (
     "model.backbone.head_size=16",
     "model.backbone.mlp_size=96",
     "model.backbone.mrope_sections=[2,3,3]",
+    "method.token_noise=0",  # references know none; tests of noise set it
     "data.sequence_length=128",
     "system.cpu_threads=1",
     "train.evaluation.suites=[]",

@@ -222,14 +222,19 @@ class _Chunk:
         them all that is learned."""
         share = min(1.0, 2 / self.spread.parallel.context)
         text, vision = self.load.num_text * share, self.load.num_vision * share
-        kept = Kept()
+        parts = []
         if self.head_trains or self.has_gradient:
-            kept += vision_head_kept(self.method.vision_head, self.backbone.hidden_size, self.spread, max(vision, 1))
+            head = self.method.vision_head
+            parts.append(vision_head_kept(head, self.backbone.hidden_size, self.spread, max(vision, 1)))
         if self.has_gradient and text:
-            kept += logits_kept(self.backbone, self.spread, text)
+            parts.append(logits_kept(self.backbone, self.spread, text))
         if self.has_gradient and self.has_teacher and vision:
-            kept += kl_kept(self.backbone, self.spread, vision)
-        return kept
+            parts.append(kl_kept(self.backbone, self.spread, vision))
+        # All that a loss needs while it is worked out is there until all are, and so is what they read: the last
+        # hidden states of student and teacher, of whole sequences.
+        models = 1 + self.has_teacher
+        hidden = models * self.spread.tokens(self.load.tokens) * self.backbone.hidden_size * self.spread.itemsize
+        return Kept(sum(part.bytes for part in parts), sum(part.again for part in parts) + hidden)
 
     def _messages(self) -> dict[str, Kept]:
         """What came from the stage before, beyond the student's hidden states, which the first layer keeps; and what
