@@ -154,7 +154,7 @@ finish() {
     local code="$1"
     shift
     say "$*"
-    if [[ -e "$run_dir/$stage/events.jsonl" ]]; then
+    if ((!cancelled)) && [[ -e "$run_dir/$stage/events.jsonl" ]]; then
         echo
         timeout --kill-after=10 120 srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" "${container[@]}" \
             "${unimm[@]}" status "$run_dir"
