@@ -10,7 +10,7 @@ Legend  i bytes of a number in the computing dtype. T tokens of the row; t = T /
         size, F width of the MLP, all of a whole layer; / tensor where tensor parallelism cuts. k experts per token.
 
 One pre-norm layer whose weights train keeps, in the order of its forward pass (bytes; fused: Transformer Engine's
-kernels, of which it holds what their sources say; torch: the plain layers, of which it is measured):
+kernels, as we understand them, not yet measured; torch: the plain layers, of which it is measured):
 
     norm 1     its input  s H i; torch: the normalised input before the weight, too, both in fp32
     QKV        its input  s H i
@@ -386,6 +386,9 @@ def _norm(tokens: float, width: float, rms_norm: bool, spread: Spread, trains: b
 def _qk_norm(layer: LayerShape, spread: Spread, tokens: float, trains: bool) -> float:
     queries, keys = layer.heads / spread.parallel.tensor, _kv_heads(layer, spread)
     mixed = tokens * (queries + 2 * keys) * layer.head_size * spread.itemsize
+    if keys > 1:
+        # Queries of several groups do not lie together: they are copied first.
+        mixed += tokens * queries * layer.head_size * spread.itemsize
     if spread.fused:
         return mixed + FLOAT * tokens * (queries + keys)
     # In fp32 the input is a part of the mixed QKV; in bf16 it is a copy.
@@ -456,10 +459,10 @@ def _recomputed(parts: dict[str, float], layer: LayerShape, spread: Spread, row:
 
 
 def _attention_inputs(layer: LayerShape, spread: Spread, row: float) -> float:
-    """Queries, a copy, and keys and values, which are parts of the mixed QKV; or both normalised, beside the mixed QKV,
-    which the norms keep."""
+    """The mixed QKV, of which keys and values are parts, and queries copied where they are of several groups; or both
+    normalised, beside the mixed QKV, which the norms keep."""
     queries, keys = layer.heads / spread.parallel.tensor, _kv_heads(layer, spread)
-    numbers = queries + keys if layer.qk_norm else 2 * queries + 2 * keys
+    numbers = queries + keys if layer.qk_norm else (1 + (keys > 1)) * queries + 2 * keys
     return spread.tokens(row) * numbers * layer.head_size * spread.itemsize
 
 

@@ -39,12 +39,12 @@ def test_the_code_that_asks_for_most_care_comes_out(codes: list[int], joint: int
         ("exit 75", 75),
         # One rank needs a person while the other waits for it.
         ("[ $RANK = 1 ] && exit 2; sleep 100", 2),
-        ("[ $RANK = 0 ] && kill -9 $$; sleep 100", 137),
+        ("[ $RANK = 0 ] && kill -9 $BASHPID; sleep 100", 137),
     ],
 )
 def test_a_ranks_exit_code_comes_out_of_torchrun(repo: Path, script: str, code: int) -> None:
     command = [sys.executable, "-m", "megatron_unimm.cli.torchrun", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, "--no-python", "sh", "-c", script], cwd=repo, timeout=300)
+    done = subprocess.run([*command, "--no-python", "bash", "-c", script], cwd=repo, timeout=300)
     assert done.returncode == code
 
 

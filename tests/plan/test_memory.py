@@ -103,8 +103,9 @@ def test_decoder(case: str, repo: Path) -> None:
 
 
 def check_chunk(stage: StageConfig, rank: int, world_size: int) -> None:
-    """Weights are exact. Activations are within a tenth; measured: 1 %, but 4 % with context parallelism, whose ranks
-    do not have the same positions, and 8 % under full recompute of tiny blocks, whose other arguments count."""
+    """Weights are exact. Activations are within a tenth; measured: 1.3 %, but 3 % with context parallelism, whose ranks
+    do not have the same positions, and 8 % under full recompute of tiny blocks, whose other arguments count, and of
+    torch's bf16 norms on a later stage, which keep fp32 copies in place of what was received."""
     footprints = footprints_of(stage)
     row = footprints.typical_row(stage)
     place = place_of(stage, rank, world_size)
