@@ -30,7 +30,7 @@ def measure(nodes: str, present: list[int], folder: Path, seconds: float, *optio
 
 
 def test_two_nodes_of_two_ranks_measure_themselves_and_each_other(tmp_path: Path) -> None:
-    reports = measure("a,b", [0, 1], tmp_path, 60, "--ranks", "2")
+    reports = measure("a,b", [0, 1], tmp_path, 150, "--ranks", "2")
     for name, other in (("a", "b"), ("b", "a")):
         report = reports[name]
         assert report.inside is not None
@@ -45,7 +45,7 @@ def test_two_nodes_of_two_ranks_measure_themselves_and_each_other(tmp_path: Path
 
 
 def test_a_node_that_does_not_come_is_named_and_holds_nobody_up_for_ever(tmp_path: Path) -> None:
-    reports = measure("a,b,c", [0, 1], tmp_path, 20)
+    reports = measure("a,b,c", [0, 1], tmp_path, 45)
     assert set(reports) == {"a", "b"}
     assert reports["a"].to["c"].fault == reports["b"].to["c"].fault == "TimeoutError: c did not come"
     limits = Limits(share_of_median=0, disk_mb_per_second=0)
