@@ -13,7 +13,10 @@ from small_base import write_base
 
 STEPS = 6
 TOLERANCE = 1e-4
-"""Relative, of losses and gradient norms. Measured worst case: 4e-7 (dense), 3e-7 (experts)."""
+"""Relative, of losses and gradient norms. Measured worst case: see what ``pytest -s`` prints."""
+LEAST = {"kl": 1e-2}
+"""What a smaller loss is compared with instead: the student begins as its teacher, and their KL, then 1e-4, is a
+difference of numbers around 6."""
 TENSOR, PIPELINE, EXPERT = (f"system.parallel.{name}=2" for name in ("tensor", "pipeline", "expert"))
 MOE = "model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 48}"
 
@@ -57,9 +60,9 @@ def compare(job: Job, legs: list[Leg], tmp_path: Path, *settings: str) -> None:
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["learning_rates"] == theirs["learning_rates"]
-        pairs = [(ours["losses"][name], theirs["losses"][name]) for name in theirs["losses"]]
-        pairs.append((ours["gradient_norm"], theirs["gradient_norm"]))
-        worst = max(worst, *(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs))
+        pairs = [(ours["losses"][name], theirs["losses"][name], LEAST.get(name, 1e-9)) for name in theirs["losses"]]
+        pairs.append((ours["gradient_norm"], theirs["gradient_norm"], 1e-9))
+        worst = max(worst, *(abs(a - b) / max(abs(b), least) for a, b, least in pairs))
     print(f"worst relative difference {worst:.1e}")
     assert worst < TOLERANCE
     assert samples(moving, 2) == samples(whole, 1)

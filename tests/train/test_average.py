@@ -40,7 +40,7 @@ STEPS = 4
 SETTINGS = (
     f"train.ema_decay={DECAY}",
     f"train.steps={STEPS}",
-    "train.checkpoint={every_steps: 1, keep_last: 10}",
+    "train.checkpoint={every_steps: 1, keep_last: 10, asynchronous: false}",
     "train.logging={every_steps: 1, pictures_every_steps: null}",
 )
 
