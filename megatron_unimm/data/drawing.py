@@ -34,6 +34,7 @@ from megatron_unimm.data.plan import BadSample, Laid
 from megatron_unimm.data.sample import Sample
 from megatron_unimm.data.sources.source import Source
 from megatron_unimm.data.workers import laid_out
+from megatron_unimm.models.mmdit.frames import Frames
 
 PICTURE_NOISE, CONDITION_NOISE = 0, 1
 """Streams of random numbers of a sample."""
@@ -117,6 +118,11 @@ class DrawingRow:
     """float32 [V, H], zeros at tokens of sources; None where the work adds none."""
     sample_ids: tuple[str, ...]
     kinds: tuple[SampleKind, ...]
+
+    @property
+    def frames(self) -> Frames:
+        """One per sample."""
+        return Frames.single(self.pictures, self.num_condition)
 
     @property
     def num_padding(self) -> int:

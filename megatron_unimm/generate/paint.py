@@ -31,8 +31,9 @@ from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import no_training
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.generate.stages import StageLink
-from megatron_unimm.methods.orion.decoder.batch import Canvas
 from megatron_unimm.methods.orion.decoder.model import ConditionInput, OrionDecoderModel
+from megatron_unimm.models.mmdit.canvas import Canvas
+from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.models.vae import decode, encode, from_patches
 from megatron_unimm.models.vision import VisionInput, VisionTower
@@ -321,8 +322,7 @@ class _Guided:
             num_text = round_up(times * int(counts.sum()), ranks)
             num_image = round_up(len(pictures) * per_picture, ranks)
             canvas = Canvas.build(
-                np.tile(counts, times),
-                pictures,
+                Frames.single(pictures, np.tile(counts, times)),
                 num_text,
                 num_text + num_image,
                 painter.generator,

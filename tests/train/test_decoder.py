@@ -35,10 +35,11 @@ from megatron_unimm.convert import verify
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample
 from megatron_unimm.data.features import finish_cache
 from megatron_unimm.errors import UserError
-from megatron_unimm.methods.orion.decoder.batch import Canvas
 from megatron_unimm.methods.orion.decoder.flops import mmdit_flops
 from megatron_unimm.methods.orion.decoder.model import OrionDecoderModel
 from megatron_unimm.models.mmdit import modulation
+from megatron_unimm.models.mmdit.canvas import Canvas
+from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.mmdit.model import MMDiTInput
 from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import destroy_groups
@@ -123,9 +124,8 @@ def reference_terms(step: TrainStep, sample: DrawingSample, stage: StageConfig, 
     condition = chunk.connector.norm_2(chunk.connector.linear_2(hidden))
     condition[torch.from_numpy(kinds)] += chunk.connector.source
     count = len(condition) + len(x_0)
-    canvas = Canvas.build(
-        np.array([len(condition)]), sample.picture[None], len(condition), count, generator, chunk.place(None)
-    )
+    frames = Frames.single(sample.picture[None], np.array([len(condition)]))
+    canvas = Canvas.build(frames, len(condition), count, generator, chunk.place(None))
     guidance = torch.tensor([3.5]) if generator.mmdit.guidance else None
     inputs = MMDiTInput(condition, x_t, canvas.position_index, t.float()[None], chunk.connector.pooled[None], guidance)
     errors = (chunk.mmdit(canvas.row, inputs, None) - (noise - x_0)).square().mean(dim=1)
@@ -256,7 +256,7 @@ def test_noise_of_a_bf16_row_is_that_of_its_timestep(repo: Path, world: World) -
     zero = torch.zeros_like(batch.pictures.noise)
     with torch.no_grad():
         noisy = chunk._inputs(batch, zero).patches[: len(zero)]
-    t = batch.timestep.index_select(0, batch.canvas.picture_of_token)[:, None]
+    t = batch.timestep.index_select(0, batch.canvas.frame_of_token)[:, None]
     assert noisy.dtype is torch.bfloat16
     assert torch.equal(noisy, (t * batch.pictures.noise.float()).bfloat16())
     assert not torch.equal(noisy, t.bfloat16() * batch.pictures.noise)

@@ -135,8 +135,8 @@ def test_noise_on_visual_tokens(repo: Path, world: World) -> None:
     (row,) = rows_of(samples, noisy, packing=True)
     with_noise = method.batch(row, model, platform.device)
     without = build_method(clean, platform, groups).batch(row, model, platform.device)
-    noise = with_noise.sight.noise
-    assert without.sight.noise is None
+    noise = with_noise.noise
+    assert without.noise is None
     assert noise.shape == (len(row.visual_index), noisy.model.backbone.hidden_size)
     drawn = torch.ones(len(noise), dtype=torch.bool)
     drawn[with_noise.sight.read_rows] = False
@@ -154,7 +154,7 @@ def test_noise_on_visual_tokens(repo: Path, world: World) -> None:
     assert max(deviations) < 0.5 * 1.1
     assert len(set(deviations)) == len(deviations)
     (alone,) = rows_of(samples[-1:], noisy, packing=True)
-    last = method.batch(alone, model, platform.device).sight.noise
+    last = method.batch(alone, model, platform.device).noise
     place = row.sample_ids.index(samples[-1].id)
     before = sum(len(next(s for s in samples if s.id == name).visual_index) for name in row.sample_ids[:place])
     assert torch.equal(noise[before : before + len(last)], last)

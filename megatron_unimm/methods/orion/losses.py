@@ -2,26 +2,17 @@
 
 Every term is a sum over positions; counts are summed over micro-batches and ranks, and each term is divided by its
 own count once per step (``train/step.py``). N_text and N_vision of the paper are therefore those of the whole global
-batch, however it is packed or spread.
+batch, however it is packed or spread. Eq. 1, the cross entropy of text, is ``VlmModel.text_loss``.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_unimm.parallel.vocabulary import cross_entropy, kl_divergence
+from megatron_unimm.parallel.vocabulary import kl_divergence
 
 TERMS = ("cross_entropy", "mse", "kl")
 """Names and order of the loss terms."""
-
-
-def text_understanding_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Eq. 1, the sum: −Σ log p(T_i | V, T_<i) over the positions whose next token is text.
-
-    Args:
-        logits: ``[n, vocab / tensor]``. labels: int64 ``[n]``.
-    """
-    return cross_entropy(logits, labels).sum()
 
 
 def image_generation_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """ORION as the shared loop sees it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.orion.batch import OrionBatch, build_batch
 from megatron_unimm.methods.orion.flops import frozen_parts, row_flops, sample_flops
 from megatron_unimm.methods.orion.losses import TERMS
-from megatron_unimm.methods.orion.model import FrozenParts, OrionModel
+from megatron_unimm.methods.orion.model import OrionModel
+from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.models.backbone.deepstack import travelling_levels
 from megatron_unimm.models.trainable import is_frozen
-from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -46,8 +47,7 @@ class Orion:
         return OrionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage, with_base)
 
     def batch(self, row: PackedRow, model: OrionModel, device: torch.device) -> OrionBatch:
-        dtype = DTYPES[self.stage.system.precision.dtype]
-        return build_batch(row, self.stage.model, model.role(), device, dtype, self.config.token_noise)
+        return build_batch(row, self.stage.model, replace(model.role(), device=device), self.config.token_noise)
 
     def counts(self, rows: Sequence[PackedRow]) -> list[int]:
         """N_text, and N_vision for both terms at visual positions."""

@@ -1,4 +1,5 @@
-"""What the image decoder learns: flow matching (arXiv 2210.02747, 2209.03003), E ‖v(x_t, t, V) − (ε − x_0)‖² w(t).
+"""What a diffusion transformer learns: flow matching (arXiv 2210.02747, 2209.03003), E ‖v(x_t, t, V) − (ε − x_0)‖²
+w(t).
 
 The square is averaged over the values of a patch; the sum over image tokens is divided by their number in the global
 batch, once per step. Beside the loss itself stand its parts by timestep, unweighted by w: a model that learns shows

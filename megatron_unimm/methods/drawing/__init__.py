@@ -1,0 +1,1 @@
+"""What methods share that train a diffusion transformer to draw pictures."""

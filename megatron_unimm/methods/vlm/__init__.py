@@ -1,0 +1,1 @@
+"""What methods share that train a vision-language model on packed conversations."""
