@@ -26,15 +26,43 @@ def data() -> None:
     """Make training data, and look into it."""
 
 
-@data.command(epilog="Example: unimm data shapes --to data/shapes --count 20000")
+def _mix(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, float] | None:
+    """``understanding=0.4,editing=0.6`` by kind."""
+    if text is None:
+        return None
+    mix: dict[str, float] = {}
+    for entry in text.split(","):
+        kind, _, share = entry.strip().partition("=")
+        if kind in mix:
+            raise click.BadParameter(f"gives {kind} twice; give each kind one share")
+        try:
+            mix[kind] = float(share)
+        except ValueError:
+            raise click.BadParameter(f"{entry!r} is no KIND=SHARE, as in interleaved=0.3,editing=0.7") from None
+    return mix
+
+
+@data.command(
+    epilog="""\b
+Example:
+  unimm data shapes --to data/shapes --count 20000
+  unimm data shapes --to data/shapes --count 20000 --mix text_to_image=0.4,editing=0.3,interleaved=0.3"""
+)
 @click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
 @click.option("--count", required=True, type=click.IntRange(min=1), help="Training samples over all kinds.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same world.")
-def shapes(to: Path, count: int, seed: int) -> None:
+@click.option(
+    "--mix",
+    callback=_mix,
+    metavar="KIND=SHARE,...",
+    help="Share of each kind: understanding, text_to_image, editing, interleaved.  "
+    "[default: understanding=0.4,text_to_image=0.35,editing=0.25]",
+)
+def shapes(to: Path, count: int, seed: int, mix: dict[str, float] | None) -> None:
     """Write the Shapes world: training data to DIR/train, evaluation lists to DIR/eval."""
-    from megatron_unimm.data.shapes import write_eval_sets, write_shapes
+    from megatron_unimm.data.shapes import DEFAULT_MIX, write_eval_sets, write_shapes
 
-    written = write_shapes(to, count, seed)
+    written = write_shapes(to, count, seed, mix=mix or DEFAULT_MIX)
     for kind, number in written.counts.items():
         click.echo(f"{number:8d}  {kind:16s}{written.jsonl[kind]}")
     for name, path in write_eval_sets(to, seed).items():

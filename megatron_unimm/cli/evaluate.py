@@ -18,6 +18,7 @@ Examples:
 \b
 Suites:
   shapes            pictures, edits and answers in the Shapes world, judged on pixels
+  shapes_sessions   two edits in a conversation, with and without its history, and choices among many pictures
   shapes_qa         exact match of answers about held-out scenes
   shapes_retrieval  generated visual tokens of held-out captions against 64 pictures
   geneval_images    images for GenEval, and its scores from a detector's boxes"""

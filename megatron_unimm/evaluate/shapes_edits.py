@@ -9,7 +9,7 @@ from megatron_unimm.data.shapes.conversations import free_scene, generator
 from megatron_unimm.data.shapes.edits import EDIT_TYPES, Edit, make_edit
 from megatron_unimm.data.shapes.heldout import scene_is_held_out
 from megatron_unimm.data.shapes.scene import Scene, ShapeObject
-from megatron_unimm.data.shapes.scorer import find_objects
+from megatron_unimm.data.shapes.scorer import find_objects, shows_scene
 
 _EDITS = 14
 """Stream of random numbers, beside those of data/shapes/eval_sets.py."""
@@ -98,3 +98,42 @@ def _find(rest: Sequence[ShapeObject], known: ShapeObject) -> ShapeObject | None
 
 def _is_near(a: ShapeObject, b: ShapeObject) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) <= TOLERANCE
+
+
+def copies(source: Scene, picture: np.ndarray) -> bool:
+    """Whether a drawing, uint8 (H, H, 3), shows the picture that it was to be an edit of, unchanged.
+
+    A model that has learned to copy its reference keeps every untouched object and edits nothing. One that draws
+    nothing at all copies nothing.
+    """
+    return bool(source.objects) and shows_scene(source, picture, TOLERANCE)
+
+
+def edit_of(shown: Scene, item: EditItem) -> EditItem | None:
+    """The same change where the picture to be edited shows something else than it should.
+
+    Objects that change keep their place if the edit leaves it to them, and else go to the place that the edit names.
+    None where the change cannot be made: an object is not there, is not the only one of its look, or its new place is
+    taken.
+
+    Args:
+        shown: what a model drew in place of ``item.source``.
+    """
+    names = [other.name for other in shown.objects]
+    rest, places = list(shown.objects), {}
+    for old in item.gone:
+        seen = _find(rest, old)
+        if seen is None or names.count(seen.name) > 1:
+            return None
+        rest.remove(seen)
+        places[old.x, old.y] = seen.x, seen.y
+    for new in item.wanted:
+        moved = new.at(*places.get((new.x, new.y), (new.x, new.y)))
+        if any(_overlap(moved, other) for other in rest):
+            return None
+        rest.append(moved)
+    return EditItem(shown, Edit(item.edit.type, item.edit.instruction, Scene(tuple(rest))))
+
+
+def _overlap(a: ShapeObject, b: ShapeObject) -> bool:
+    return max(abs(a.x - b.x), abs(a.y - b.y)) < a.extent + b.extent

@@ -3,6 +3,7 @@
 from megatron_unimm.data.shapes.conversations import KINDS, Conversation, make_conversation
 from megatron_unimm.data.shapes.eval_sets import geneval_prompts, heldout_questions, retrieval_pairs
 from megatron_unimm.data.shapes.heldout import HELD_OUT, scene_is_held_out, text_is_held_out
+from megatron_unimm.data.shapes.history import HISTORY_TYPES
 from megatron_unimm.data.shapes.prompts import (
     PROMPT_KINDS,
     Prompt,
@@ -24,12 +25,14 @@ from megatron_unimm.data.shapes.scene import (
     scene_from_list,
 )
 from megatron_unimm.data.shapes.scorer import Score, find_objects, is_correct, score, shows_scene
-from megatron_unimm.data.shapes.write import WrittenShapes, write_eval_sets, write_shapes
+from megatron_unimm.data.shapes.write import DEFAULT_MIX, WrittenShapes, write_eval_sets, write_shapes
 
 __all__ = [
     "CANVAS",
     "COLOURS",
+    "DEFAULT_MIX",
     "HELD_OUT",
+    "HISTORY_TYPES",
     "KINDS",
     "PROMPT_KINDS",
     "QUESTION_TYPES",

@@ -7,13 +7,14 @@ one to be made.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from megatron_unimm.data.shapes.edits import sample_composition, sample_edit
+from megatron_unimm.data.shapes.edits import EDIT_TYPES, Edit, make_edit, sample_choice, sample_composition, sample_edit
 from megatron_unimm.data.shapes.heldout import scene_is_held_out
+from megatron_unimm.data.shapes.history import HISTORY_TYPES, UNDOES, make_history_edit
 from megatron_unimm.data.shapes.prompts import PROMPT_KINDS, RELATIONAL_KINDS, Prompt, prompt_scene, sample_prompt
 from megatron_unimm.data.shapes.questions import sample_pair_questions, sample_questions
 from megatron_unimm.data.shapes.scene import Scene, Split, pick, sample_free_scene
@@ -26,7 +27,8 @@ from megatron_unimm.data.shapes.text import (
     request,
 )
 
-KINDS = ("understanding", "text_to_image", "editing")
+KINDS = ("understanding", "text_to_image", "editing", "interleaved")
+"""A kind's number is part of its samples' random stream: new kinds go to the end."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,143 @@ def editing(rng: np.random.Generator, split: Split = "train") -> Conversation:
             return found
 
 
+# -- interleaved -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Talk:
+    """A conversation that grows turn by turn, from a prompt's picture or a given one. Every picture but the given one
+    is drawn."""
+
+    scenes: list[Scene]
+    prompt: Prompt | None = None
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+    def draw(self, edit: Edit) -> None:
+        """An instruction, and the picture that it asks for."""
+        self._say(edit.instruction, IMAGE_MARK)
+        self.scenes.append(edit.result)
+
+    def ask(self, rng: np.random.Generator, split: Split) -> None:
+        """A question about the newest picture."""
+        for question in sample_questions(self.scenes[-1], rng, 1, split):
+            self._say(question.question, question.answer)
+
+    def _say(self, human: str, gpt: str) -> None:
+        # A picture that stands before the first turn is given with it.
+        self.turns += [("human", human if self.turns else IMAGE_MARK + human), ("gpt", gpt)]
+
+    def finish(self, task: str) -> Conversation:
+        return Conversation("interleaved", task, tuple(self.turns), tuple(self.scenes), self.prompt)
+
+
+def _open_with_prompt(rng: np.random.Generator, split: Split) -> _Talk:
+    prompt = sample_prompt(rng, None, split)
+    turns = [("human", request(prompt.caption, rng)), ("gpt", IMAGE_MARK)]
+    return _Talk([prompt_scene(prompt, rng)], prompt, turns)
+
+
+def _draw_and_edit(rng: np.random.Generator, split: Split) -> Conversation | None:
+    """A prompt, two edits, and in three of ten a question."""
+    talk = _open_with_prompt(rng, split)
+    if not _edit_twice(talk, rng, split, ask_between=False):
+        return None
+    if rng.random() < 0.3:
+        talk.ask(rng, split)
+    return talk.finish("draw_and_edit")
+
+
+def _edit_and_ask(rng: np.random.Generator, split: Split) -> Conversation | None:
+    """In three of ten a question about the given picture; then an edit, a question, an edit."""
+    talk = _Talk([free_scene(rng, split)])
+    if rng.random() < 0.3:
+        talk.ask(rng, split)
+    return talk.finish("edit_and_ask") if _edit_twice(talk, rng, split, ask_between=True) else None
+
+
+def _edit_twice(talk: _Talk, rng: np.random.Generator, split: Split, ask_between: bool) -> bool:
+    """Whether both edits were found."""
+    for is_second in (False, True):
+        if is_second and ask_between:
+            talk.ask(rng, split)
+        edit = sample_edit(talk.scenes[-1], rng, split)
+        if edit is None:
+            return False
+        talk.draw(edit)
+    return True
+
+
+def _look_back(rng: np.random.Generator, split: Split) -> Conversation:
+    """One or two edits of a prompt's picture or a given one, and an instruction about what was seen before."""
+    kind = pick(rng, HISTORY_TYPES)
+    while True:
+        talk = _open_with_prompt(rng, split) if rng.random() < 0.5 else _Talk([free_scene(rng, split)])
+        if _look_back_at(talk, rng, split, kind):
+            return talk.finish(kind)
+
+
+def _look_back_at(talk: _Talk, rng: np.random.Generator, split: Split, kind: str) -> bool:
+    """Whether the pictures allowed it."""
+    first = make_edit(talk.scenes[-1], rng, UNDOES.get(kind) or pick(rng, EDIT_TYPES))
+    if first is None or not _belongs(first, split):
+        return False
+    talk.draw(first)
+    between = rng.random()
+    if between < 0.35:
+        second = sample_edit(talk.scenes[-1], rng, split)
+        if second is None:
+            return False
+        talk.draw(second)
+    elif between < 0.6:
+        talk.ask(rng, split)
+    last = make_history_edit(talk.scenes, rng, kind)
+    if last is None or not _belongs(last, split):
+        return False
+    talk.draw(last)
+    return True
+
+
+def _belongs(edit: Edit, split: Split) -> bool:
+    return scene_is_held_out(edit.result) == (split == "heldout")
+
+
+def _choose(rng: np.random.Generator, split: Split) -> Conversation | None:
+    """A composition of two out of three to twelve given pictures; then an edit or a question."""
+    chosen = sample_choice(rng, split)
+    asked = IMAGE_MARK * len(chosen.sources) + chosen.instruction
+    talk = _Talk([chosen.result], None, [("human", asked), ("gpt", IMAGE_MARK)])
+    if rng.random() < 0.5:
+        edit = sample_edit(chosen.result, rng, split)
+        if edit is None:
+            return None
+        talk.draw(edit)
+    else:
+        talk.ask(rng, split)
+    talk.scenes[:0] = chosen.sources
+    return talk.finish("multi_image")
+
+
+def interleaved(rng: np.random.Generator, split: Split = "train") -> Conversation:
+    """Two to four turns that read and draw, each picture an edit of one before (MMCORE, arXiv 2604.19902, section 3.2).
+
+    A prompt and edits (a quarter), edits with questions in between (a quarter), instructions that need earlier pictures
+    than the newest (three in ten), or a choice among many given pictures.
+    """
+    while True:
+        draw = rng.random()
+        maker = (
+            _draw_and_edit if draw < 0.25 else _edit_and_ask if draw < 0.5 else _look_back if draw < 0.8 else _choose
+        )
+        found = maker(rng, split)
+        if found is not None:
+            return found
+
+
 _MAKERS: dict[str, Callable[[np.random.Generator, Split], Conversation]] = {
     "understanding": understanding,
     "text_to_image": text_to_image,
     "editing": editing,
+    "interleaved": interleaved,
 }
 
 

@@ -3,6 +3,7 @@
 Layout of ``to/<split>/``::
 
     understanding.jsonl  text_to_image.jsonl  editing.jsonl    one record per line, the format of ORION's appendix A.2
+    interleaved.jsonl                                          the same; only where the mix asks for it
     images/<id>.<n>.jpg|png                                    image n (0, 1, ...) of a sample
     shards/<kind>-000000.tar                                   <id>.json and <id>.<n>.jpg|png of each sample
     index.json                                                 what was written and from which seed
@@ -10,6 +11,7 @@ Layout of ``to/<split>/``::
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,7 +68,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def _counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
     """Split `count` by the shares of `mix`, the rest going to the first kind."""
     unknown = set(mix) - set(KINDS)
-    if unknown or not sum(mix.values()) > 0 or min(mix.values()) < 0:
+    if unknown or not 0 < sum(mix.values()) < math.inf or min(mix.values()) < 0:
         raise UserError("mix", f"{dict(mix)} must give shares >= 0, not all 0, of {', '.join(KINDS)}")
     total = sum(mix.values())
     counts = {kind: int(count * mix[kind] / total) for kind in KINDS if mix.get(kind, 0) > 0}
