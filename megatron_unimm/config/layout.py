@@ -150,7 +150,10 @@ def _tensor_sharded(stage: StageConfig, trunk: Trunk) -> Iterator[tuple[str, int
     yield from trunk.tensor_sharded.items()
     yield "model.vision_encoder.num_heads", vision.num_heads
     yield "model.vision_encoder.mlp_size", vision.mlp_size
-    yield from stage.method.tensor_sharded(stage.model.backbone.hidden_size).items()
+    hidden = stage.model.backbone.hidden_size
+    yield from stage.method.tensor_sharded(hidden).items()
+    if stage.queries is not None:
+        yield from stage.queries.tensor_sharded(hidden).items()
 
 
 def _check_experts(parallel: ParallelConfig, moe: MoEConfig | None) -> None:

@@ -23,6 +23,8 @@ class OrionConfig(Section):
     name: Literal["orion"] = "orion"
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
     """The part that is spread over the whole layout; every method's section says so."""
+    needs_queries: ClassVar[bool] = False
+    """Whether it wants the stage's section queries; every method's section says so."""
     vision_head: VisionHeadConfig = VisionHeadConfig()
     loss_weights: LossWeights = LossWeights()
     token_noise: float = Field(default=0.0, ge=0)
@@ -55,6 +57,7 @@ class OrionDecoderConfig(Section):
 
     name: Literal["orion_decoder"]
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    needs_queries: ClassVar[bool] = False
     connector: ConnectorConfig = ConnectorConfig()
     flow: FlowConfig = FlowConfig()
     sampler: SamplerConfig = SamplerConfig(guidance_scale=1.0)
@@ -75,7 +78,33 @@ class OrionDecoderConfig(Section):
         return {}
 
 
-METHODS: dict[str, type[Section]] = {"orion": OrionConfig, "orion_decoder": OrionDecoderConfig}
+class MMCoreLossWeights(Section):
+    """Weights of eq. 2 of MMCORE, which the paper does not give."""
+
+    llm: float = Field(default=1.0, ge=0)
+    """λ_t."""
+    vis: float = Field(default=1.0, ge=0)
+    """λ_a."""
+
+
+class MMCoreConfig(Section):
+    """MMCORE's first stage: a VLM that predicts visual latents (arXiv 2604.19902, section 3.1)."""
+
+    name: Literal["mmcore"]
+    trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
+    needs_queries: ClassVar[bool] = True
+    loss_weights: MMCoreLossWeights = MMCoreLossWeights()
+
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Nothing beyond the backbone and the connector of the queries."""
+        return {}
+
+
+METHODS: dict[str, type[Section]] = {
+    "orion": OrionConfig,
+    "orion_decoder": OrionDecoderConfig,
+    "mmcore": MMCoreConfig,
+}
 """By name."""
 
 
@@ -85,5 +114,6 @@ def _orion_by_default(value: Any) -> Any:
 
 
 MethodConfig = Annotated[
-    Annotated[OrionConfig | OrionDecoderConfig, Field(discriminator="name")], BeforeValidator(_orion_by_default)
+    Annotated[OrionConfig | OrionDecoderConfig | MMCoreConfig, Field(discriminator="name")],
+    BeforeValidator(_orion_by_default),
 ]

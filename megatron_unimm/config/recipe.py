@@ -8,6 +8,7 @@ from megatron_unimm.config.methods import MethodConfig
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.parallel import SystemConfig
+from megatron_unimm.config.queries import QueryVlmConfig
 from megatron_unimm.config.train import TrainConfig
 
 
@@ -19,6 +20,8 @@ class StageConfig(Section):
     model: ModelConfig
     generator: ImageGeneratorConfig | None = None
     """What draws, for stages that train it."""
+    queries: QueryVlmConfig | None = None
+    """What makes of the language model one that predicts visual latents, for methods that do."""
     method: MethodConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -32,6 +35,8 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
+        if self.method.needs_queries and self.queries is None:
+            raise ValueError(f"method {self.method.name} has query tokens; give its section queries ({{}} will do)")
         if self.method.trunk == "mmdit":
             if self.generator is None:
                 raise ValueError(f"method {self.method.name} trains an image generator; give its section generator")

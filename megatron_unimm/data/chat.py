@@ -111,7 +111,7 @@ def layout_sample(sample: Sample, chat: ChatFormat) -> TokenizedSample:
         SampleError: an image header cannot be read, or the sample is longer than ``data.sequence_length``.
     """
     sizes = [images.image_size(file, chat.data.max_image_pixels) for file in sample.images]
-    turns = _with_system_prompt(sample.turns, chat.data.system_prompt)
+    turns = with_system_prompt(sample.turns, chat.data.system_prompt)
     layout = _layout(sample.id, sample.kind, turns, sizes, chat)
     if len(layout) > chat.data.sequence_length:
         what = f"{len(layout)} tokens, but data.sequence_length is {chat.data.sequence_length}"
@@ -131,9 +131,9 @@ def prompt_tokens(
     """
     sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
     layout = _layout(
-        "prompt", "understanding", _with_system_prompt(turns, chat.data.system_prompt), sizes, chat, answer=False
+        "prompt", "understanding", with_system_prompt(turns, chat.data.system_prompt), sizes, chat, answer=False
     )
-    tail = _header("assistant", chat) + [chat.tokenizer.token_ids.vision_start] * open_image
+    tail = header_tokens("assistant", chat) + [chat.tokenizer.token_ids.vision_start] * open_image
     tail_positions = np.arange(len(tail)) + layout.position_ids.max(initial=-1) + 1
     drawn = {part for turn in turns if turn.role == "assistant" for part in turn.parts if isinstance(part, int)}
     patches = []
@@ -171,7 +171,7 @@ def concat_patches(patches: Sequence[np.ndarray], encoder: VisionEncoderConfig) 
     return np.concatenate([np.zeros((0, encoder.patch_dim), dtype=np.float32), *patches])
 
 
-def _with_system_prompt(turns: Sequence[Turn], system_prompt: str) -> Sequence[Turn]:
+def with_system_prompt(turns: Sequence[Turn], system_prompt: str) -> Sequence[Turn]:
     """As the template does: the default system prompt, unless the conversation brings its own. An empty prompt adds
     none."""
     if not system_prompt or (turns and turns[0].role == "system"):
@@ -179,11 +179,11 @@ def _with_system_prompt(turns: Sequence[Turn], system_prompt: str) -> Sequence[T
     return (Turn(role="system", parts=(system_prompt,)), *turns)
 
 
-def _header(role: str, chat: ChatFormat) -> list[int]:
+def header_tokens(role: str, chat: ChatFormat) -> list[int]:
     return [chat.tokenizer.token_ids.im_start, *chat.tokenizer.encode(f"{role}\n")]
 
 
-class _Sequence:
+class TokenSequence:
     """A token sequence that grows piece by piece."""
 
     def __init__(self, token_ids: TokenIds, merge: int) -> None:
@@ -197,13 +197,18 @@ class _Sequence:
         self._is_target: list[bool] = []
         self._visual_index: list[np.ndarray] = []
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def add_text(self, ids: Sequence[int], learned: bool) -> None:
+        """Tokens one behind the other."""
         self._ids.extend(ids)
         self._learned.extend([learned] * len(ids))
         self._positions.append(np.tile(np.arange(len(ids)) + self._next_position, (3, 1)))
         self._next_position += len(ids)
 
     def add_image(self, grid: np.ndarray, is_target: bool) -> None:
+        """An image as its visual tokens, between its two marks."""
         self.add_text([self._token_ids.vision_start], learned=is_target)
         positions = image_positions(self._next_position, grid, self._merge)
         num_visual = positions.shape[1]
@@ -216,7 +221,17 @@ class _Sequence:
         self._is_target.append(is_target)
         self.add_text([self._token_ids.vision_end], learned=is_target)
 
+    def add_queries(self, count: int, learned: bool) -> np.ndarray:
+        """A picture as ``count`` queries between an image's marks; returns where they stand, int64 [count]. That a
+        picture begins is learned; that it ends is not the model's choice. Queries count on as text does."""
+        self.add_text([self._token_ids.vision_start], learned)
+        index = np.arange(count) + len(self._ids)
+        self.add_text([self._token_ids.image_pad] * count, learned=False)
+        self.add_text([self._token_ids.vision_end], learned=False)
+        return index
+
     def finish(self, sample_id: str, kind: SampleKind, patch_dim: int) -> TokenizedSample:
+        """The sample, with no patches yet."""
         ids = np.array(self._ids, dtype=np.int64)
         labels = np.full(len(ids), IGNORED_LABEL, dtype=np.int64)
         labels[:-1] = np.where(self._learned[1:], ids[1:], IGNORED_LABEL)
@@ -248,13 +263,13 @@ def _layout(
 ) -> TokenizedSample:
     """Lays out all turns. Without ``answer``, assistant turns are history: nothing of them is learned."""
     token_ids, encode = chat.tokenizer.token_ids, chat.tokenizer.encode
-    sequence = _Sequence(token_ids, chat.encoder.spatial_merge_size)
+    sequence = TokenSequence(token_ids, chat.encoder.spatial_merge_size)
     for turn in turns:
         learned = answer and turn.role == "assistant"
         sequence.add_text([token_ids.im_start], learned=False)
-        for piece in _pieces(turn):
+        for piece in pieces_of(turn):
             if isinstance(piece, int):
-                sequence.add_image(_grid(sizes[piece], turn.role, chat), is_target=learned)
+                sequence.add_image(image_grid(sizes[piece], turn.role, chat), is_target=learned)
             else:
                 text, is_header = piece
                 sequence.add_text(encode(text), learned=learned and not is_header)
@@ -263,7 +278,7 @@ def _layout(
     return sequence.finish(sample_id, kind, chat.encoder.patch_dim)
 
 
-def _pieces(turn: Turn) -> Iterator[tuple[str, bool] | int]:
+def pieces_of(turn: Turn) -> Iterator[tuple[str, bool] | int]:
     """What stands between ``<|im_start|>`` and ``<|im_end|>``: (text, is header) that is tokenised in one go, or an
     image's index.
 
@@ -286,7 +301,7 @@ def _pieces(turn: Turn) -> Iterator[tuple[str, bool] | int]:
         yield text, is_header
 
 
-def _grid(size: tuple[int, int], role: str, chat: ChatFormat) -> np.ndarray:
+def image_grid(size: tuple[int, int], role: str, chat: ChatFormat) -> np.ndarray:
     """Patches along time, height, width: int64 [3]. Images of the assistant have the generation size."""
     side_limits = chat.data.generation_size if role == "assistant" else chat.data.understanding_size
     width, height = images.target_size(*size, side_limits, chat.encoder.token_pixels)

@@ -106,6 +106,11 @@ class PackedRow:
         return len(self.input_ids)
 
     @property
+    def conversation(self) -> "PackedRow":
+        """Every row of conversations has one: its tokens."""
+        return self
+
+    @property
     def num_images(self) -> int:
         """N."""
         return len(self.grids)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.footprint import Footprints
 from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.mmcore.method import MMCore
 from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
 from megatron_unimm.methods.orion.footprint import OrionFootprints
@@ -15,6 +16,7 @@ from megatron_unimm.parallel.platform import Platform
 METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = {
     "orion": Orion,
     "orion_decoder": OrionDecoder,
+    "mmcore": MMCore,
 }
 
 

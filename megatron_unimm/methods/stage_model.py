@@ -29,6 +29,8 @@ class StageModel(MegatronModule):
         self.vp_stage = virtual_stage if groups.config.virtual_pipeline > 1 else None
         self.share_embeddings_and_output_weights = False
         self.base = torch.nn.Module()
+        self.lora_used: set[str] = set()
+        """Patterns of the stage's low-rank adapters that matched a linear of this chunk."""
 
     def freeze_base(self) -> None:
         """To be called once all companions are there."""
@@ -60,5 +62,10 @@ class StageModel(MegatronModule):
         module = dict(self.base.named_children()).get(part)
         if module is None:
             return {}
-        state = sharded_state_dict_default(module, f"{part}.", metadata=metadata, tp_group=self.groups.collection.tp)
+        prefix, group = self.base_prefix(part), self.groups.collection.tp
+        state = sharded_state_dict_default(module, prefix, metadata=metadata, tp_group=group)
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+    def base_prefix(self, part: str) -> str:
+        """What a frozen companion's tensors begin with in its own checkpoint."""
+        return f"{part}."

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, VisionEncoder
+from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, SiglipConfig, VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,12 @@ def vision_work(model: VisionEncoder, grids: np.ndarray) -> tuple[Work, Work]:
     joined = merge * hidden
     merger = Work(2 * patches / merge * joined * (joined + model.out_size)).times(1 + len(model.deepstack_layers))
     return Work(2 * patches * model.patch_dim * hidden), layer.times(model.num_layers) + attention + merger
+
+
+def siglip_work(model: SiglipConfig, grids: np.ndarray) -> Work:
+    """SigLIP's tower on images of patch grids ``[n, 3]``: 2 P patch_dim H, and per layer 2 P H 4H (QKV, output),
+    4 · pairs · H and 2 P H F twice."""
+    sizes = grids.prod(axis=1).astype(np.float64)
+    patches, hidden = float(sizes.sum()), model.hidden_size
+    layer = Work(2 * patches * hidden * (4 * hidden + 2 * model.mlp_size), 4 * hidden * float((sizes**2).sum()))
+    return Work(2 * patches * model.patch_dim * hidden) + layer.times(model.num_layers)

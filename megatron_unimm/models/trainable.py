@@ -21,7 +21,10 @@ def is_frozen(part: str, rules: list[TrainableRule]) -> bool:
     for rule in rules:
         if rule.pattern == "*" or fnmatchcase(f"{part}.x", rule.pattern):
             return not rule.train
-        if rule.train and (rule.pattern.startswith(f"{part}.") or fnmatchcase(part, rule.pattern.split(".")[0])):
+        starts_open = rule.pattern.startswith("*")  # may match anything anywhere
+        if rule.train and (
+            starts_open or rule.pattern.startswith(f"{part}.") or fnmatchcase(part, rule.pattern.split(".")[0])
+        ):
             return False
     return True
 

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_unimm.config.mmdit import MMDiT
 from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, SiglipConfig, VisionEncoder
 from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
+from megatron_unimm.config.queries import CONNECTOR_HEAD_SIZE, CONNECTOR_MLP_RATIO
 from megatron_unimm.parallel.platform import Platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,6 +97,26 @@ def vision_transformer_config(
     )
     if not isinstance(model, Qwen25VisionConfig):
         fields |= PLAIN_VIT
+    return TransformerConfig(**fields)
+
+
+def connector_transformer_config(
+    hidden_size: int, num_layers: int, system: SystemConfig, platform: Platform
+) -> TransformerConfig:
+    """Layers over a picture's queries: tensor parallel, whole on the last pipeline stage (MetaQuery's connector,
+    arXiv 2504.06256: heads of 64, an MLP of four times the width, and here the gated one of the language model)."""
+    fields: dict[str, Any] = dict(
+        num_layers=max(1, num_layers),
+        hidden_size=hidden_size,
+        num_attention_heads=hidden_size // CONNECTOR_HEAD_SIZE,
+        kv_channels=CONNECTOR_HEAD_SIZE,
+        ffn_hidden_size=CONNECTOR_MLP_RATIO * hidden_size,
+        layernorm_epsilon=1e-6,
+        add_bias_linear=False,
+        **_common(system, platform),
+        **_recompute(system.recompute),
+        # Never in FP8: a row may hold any number of queries.
+    )
     return TransformerConfig(**fields)
 
 

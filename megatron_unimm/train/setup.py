@@ -20,6 +20,7 @@ from megatron_unimm.errors import ConfigError
 from megatron_unimm.methods.interface import DataSetup, Method
 from megatron_unimm.methods.registry import build_method
 from megatron_unimm.methods.stage_model import StageModel
+from megatron_unimm.models.lora import check_lora_used
 from megatron_unimm.models.trainable import apply_rules, check_used
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups, initialize_groups
@@ -57,6 +58,9 @@ def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) 
     used: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(used, apply_rules(chunks, stage.train.trainable), group=groups.host)
     check_used(set().union(*used), stage.train.trainable)
+    if stage.queries is not None and stage.queries.lora is not None:
+        dist.all_gather_object(used, set().union(*(chunk.lora_used for chunk in chunks)), group=groups.host)
+        check_lora_used(set().union(*used), stage.queries.lora, "queries.lora")
     return method, chunks
 
 

@@ -24,10 +24,11 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import CheckpointError
 from megatron_unimm.methods.interface import Method
 from megatron_unimm.methods.stage_model import StageModel
+from megatron_unimm.models.lora import ADAPTERS
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.train.average import WeightAverage
 
-NEW_PARTS = ("vision_head.*", "connector.*")
+NEW_PARTS = ("vision_head.*", "connector.*", "query_tokens.*", "query_connector.*", ADAPTERS)
 """Parts that a base model may lack; they keep their fresh weights."""
 
 

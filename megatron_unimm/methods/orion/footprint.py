@@ -12,7 +12,8 @@ from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.data.typical import LARGE_PHOTO, PHOTO, conversation_row, shares
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace, Flops, Traffic, exchanged
 from megatron_unimm.methods.orion.flops import frozen_parts, row_flops, vision_head_work
-from megatron_unimm.methods.orion.method import alignment, travelling_rows
+from megatron_unimm.methods.orion.method import travelling_rows
+from megatron_unimm.methods.vlm.layout import alignment
 from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, logits_work, vision_work
 from megatron_unimm.models.memory import (
     Kept,

@@ -16,8 +16,8 @@ from megatron_unimm.methods.orion.batch import OrionBatch, build_batch
 from megatron_unimm.methods.orion.flops import frozen_parts, row_flops, sample_flops
 from megatron_unimm.methods.orion.losses import TERMS
 from megatron_unimm.methods.orion.model import OrionModel
+from megatron_unimm.methods.vlm import layout
 from megatron_unimm.methods.vlm.model import FrozenParts
-from megatron_unimm.models.backbone.deepstack import travelling_levels
 from megatron_unimm.models.trainable import is_frozen
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
@@ -65,7 +65,9 @@ class Orion:
 
     def work(self, data: DataSetup) -> ConversationWork:
         """Conversations as tokens."""
-        return ConversationWork(data.chat(), data.sources, data.features, alignment(self.stage), self.stage.train.seed)
+        return ConversationWork(
+            data.chat(), data.sources, data.features, layout.alignment(self.stage), self.stage.train.seed
+        )
 
     def row_flops(self, row: PackedRow) -> float:
         return row_flops(row, self.stage, self._frozen_parts)
@@ -79,13 +81,6 @@ class Orion:
 
 
 def travelling_rows(stage: StageConfig) -> int:
-    """The student's row, the teacher's beside it, and deepstack levels under both."""
+    """The student's, and the teacher's beside them."""
     assert isinstance(stage.method, OrionConfig)
-    models = 2 if stage.method.loss_weights.kl > 0 else 1
-    return stage.data.sequence_length * models * (1 + travelling_levels(stage.model, stage.system.parallel))
-
-
-def alignment(stage: StageConfig) -> int:
-    """Of samples in a row: each context rank has two chunks of every one."""
-    context = stage.system.parallel.context
-    return 2 * context if context > 1 else 1
+    return layout.travelling_rows(stage) * (2 if stage.method.loss_weights.kl > 0 else 1)

@@ -4,6 +4,7 @@ Layout: P patches of N images one after another, row by row, ``[P, 1, H]`` betwe
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,17 @@ class SiglipInput:
         bounds = np.cumsum([0, *(rows * columns for rows, columns in grids)])
         segments = {"full": Segments.build(bounds, causal=False, device=parts[0].device)}
         return cls(torch.cat(parts), tuple(grids), PackedContext(segments=segments))
+
+
+    @classmethod
+    def from_patches(
+        cls, patches: np.ndarray, sizes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype
+    ) -> "SiglipInput":
+        """From the loader's arrays: float32 ``[P, patch_dim]`` of images with ``sizes`` rows and columns of patches."""
+        bounds = np.cumsum([0, *(rows * columns for rows, columns in sizes)])
+        segments = {"full": Segments.build(bounds, causal=False, device=device)}
+        on_device = torch.from_numpy(patches).to(device, dtype, non_blocking=True)
+        return cls(on_device, tuple(sizes), PackedContext(segments=segments))
 
 
 class SiglipVisionEncoder(MegatronModule):

@@ -74,7 +74,7 @@ class TextSamples:
         """Markdown on rank 0 if the step that has just ended is shown, else None. All ranks call it every step."""
         text = None
         if loop.step == self._next:
-            text = self._collect(loop, batch.rows[0])
+            text = self._collect(loop, batch.rows[0].conversation)
             self._next = (loop.step // self.every_steps + 1) * self.every_steps
         self._waiting = loop.step + 1 == self._next
         return text

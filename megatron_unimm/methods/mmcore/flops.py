@@ -1,0 +1,81 @@
+"""Model FLOPs of rows of MMCORE's VLM: what is counted and how is said in ``models/flops.py``."""
+
+import numpy as np
+
+from megatron_unimm.config.model import ModelConfig
+from megatron_unimm.config.queries import CONNECTOR_MLP_RATIO, QueryVlmConfig, SiglipTeacher
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.queries import QueryRow, QuerySample
+from megatron_unimm.data.sample import IGNORED_LABEL
+from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, logits_work, siglip_work, vision_work
+from megatron_unimm.models.trainable import is_frozen
+
+
+def connector_works(vlm: QueryVlmConfig, model: ModelConfig, num_pictures: int) -> tuple[Work, list[Work]]:
+    """The connector's layers, and its projection, on the queries of a row.
+
+    Per layer and query 2 H 4H (QKV, output) and a gated MLP of four times the width, 3 · 2 H 4H; attention 4 N² H per
+    picture. The projection is 2 H H and 2 H D, or 2 H D alone.
+    """
+    hidden, queries = model.backbone.hidden_size, float(num_pictures * vlm.num_queries)
+    square = 2 * queries * hidden**2
+    layer = Work((4 + 3 * CONNECTOR_MLP_RATIO) * square, 4.0 * num_pictures * vlm.num_queries**2 * hidden)
+    last = Work(2 * queries * hidden * vlm.latent_size(model))
+    projection = [last] if vlm.connector.projection == "linear" else [Work(square), last]
+    return layer.times(vlm.connector.num_layers), projection
+
+
+def row_flops(row: QueryRow, stage: StageConfig) -> float:
+    """Model FLOPs of one row, forward and backward, over all ranks that share it: vision encoder on the images that
+    are read, decoder, text logits where a text token is predicted, connector at the queries, and the frozen teacher
+    (forward) on the pictures to be drawn."""
+    assert stage.queries is not None
+    rules, vlm, model = stage.train.trainable, stage.queries, stage.model
+    trains = not is_frozen("backbone", rules)
+    passes = trains or not (is_frozen("vision_encoder", rules) and is_frozen("query_tokens", rules))
+    decoder = decoder_work(model.backbone, row.num_tokens, causal_pairs(row.tokens.segment_bounds))
+    total = (
+        _tower_flops(row.tokens.grids, stage) + decoder.cost(trains, passes) + _teacher_flops(row.target_grids, stage)
+    )
+    num_text = int(np.count_nonzero(row.tokens.labels != IGNORED_LABEL))
+    total += logits_work(model.backbone, num_text).cost(trains, passes)
+    connector_trains = not is_frozen("query_connector", rules)
+    layers, projection = connector_works(vlm, model, len(row.target_grids))
+    total += layers.cost(connector_trains, passes or connector_trains)
+    behind = passes or (connector_trains and bool(vlm.connector.num_layers))
+    for work in projection:
+        total += work.cost(connector_trains, behind)
+        behind = behind or connector_trains
+    return total
+
+
+def sample_flops(sample: QuerySample, stage: StageConfig) -> float:
+    """What a sample costs beyond its tokens' share of a row: attention among its tokens, vision encoder and teacher on
+    its images."""
+    rules = stage.train.trainable
+    trains = not is_frozen("backbone", rules)
+    passes = trains or not (is_frozen("vision_encoder", rules) and is_frozen("query_tokens", rules))
+    pairs = decoder_work(stage.model.backbone, 0, causal_pairs((0, len(sample)))).cost(trains, passes)
+    grids = sample.layout.tokens.grids
+    return pairs + _tower_flops(grids, stage) + _teacher_flops(sample.target_grids, stage)
+
+
+def _tower_flops(grids: np.ndarray, stage: StageConfig) -> float:
+    if stage.data.feature_cache:  # Computed beforehand.
+        return 0.0
+    trains = not is_frozen("vision_encoder", stage.train.trainable)
+    embedding, rest = vision_work(stage.model.vision_encoder, grids)
+    return embedding.cost(trains, passes_gradient=False) + rest.cost(trains, passes_gradient=trains)
+
+
+def _teacher_flops(grids: np.ndarray, stage: StageConfig) -> float:
+    if stage.data.feature_cache:
+        return 0.0
+    assert stage.queries is not None
+    teacher = stage.queries.teacher
+    if isinstance(teacher, SiglipTeacher):
+        work = siglip_work(teacher.encoder, grids)
+    else:
+        embedding, rest = vision_work(stage.model.vision_encoder, grids)
+        work = embedding + rest
+    return work.cost(trains=False, passes_gradient=False)

@@ -1,0 +1,140 @@
+"""MMCORE's VLM (figure 5, bottom): a language model that answers in words and, at query tokens, in visual latents.
+
+    words, images, queries ─► backbone ─┬─► text head ─► L_llm
+                                        └─► (at the queries) connector ─► visual latents ─┐
+    picture ─ SigLIP, or the vision encoder (frozen) ─► patches, pooled to a grid ────────┴─► L_vis
+
+Layout: as ``methods/vlm/model.py``.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.methods.mmcore import losses
+from megatron_unimm.methods.mmcore.batch import Alignment, MMCoreBatch, Queries
+from megatron_unimm.methods.vlm.model import FrozenParts, VlmModel
+from megatron_unimm.models.lora import add_lora
+from megatron_unimm.models.queries import QueryConnector, QueryTokens, pooled_to_grid
+from megatron_unimm.models.transformer_config import connector_transformer_config, vision_transformer_config
+from megatron_unimm.models.vision import VisionInput
+from megatron_unimm.models.vision.siglip import SiglipInput, SiglipVisionEncoder
+from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.pipeline import with_zero_gradient
+from megatron_unimm.parallel.platform import Platform
+
+
+class MMCoreVlm(VlmModel):
+    """One pipeline stage of the VLM.
+
+    Parts:
+        vision_encoder, query_tokens (first stage). backbone. query_connector: from hidden states to visual latents
+            (last stage).
+        base: the frozen teacher (last stage): ``base.siglip``, or ``base.vision_encoder``, unless the student's own
+            vision encoder is there and frozen, too.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        vlm: QueryVlmConfig,
+        platform: Platform,
+        groups: ParallelGroups,
+        frozen: FrozenParts,
+        virtual_stage: int = 0,
+        with_teacher: bool = True,
+    ) -> None:
+        super().__init__(stage, platform, groups, frozen, virtual_stage)
+        self.vlm = vlm
+        if vlm.lora is not None:
+            self.lora_used = add_lora(self.backbone, vlm.lora, self.backend, groups.collection, stage.train.seed)
+        # New weights come from the seed alone, not from what this rank drew before: the same at every layout.
+        if self.pre_process:
+            torch.manual_seed(stage.train.seed)
+            self.query_tokens = QueryTokens(vlm.num_queries, self.config)
+        if self.post_process:
+            torch.manual_seed(stage.train.seed)
+            hidden, connector = stage.model.backbone.hidden_size, vlm.connector
+            self.query_connector = QueryConnector(
+                connector,
+                vlm.num_queries,
+                vlm.latent_size(stage.model),
+                connector_transformer_config(hidden, connector.num_layers, stage.system, platform),
+                self.backend,
+                groups.alone(),
+                groups.collection.cp,
+            )
+        if with_teacher and self.post_process and not stage.data.feature_cache:
+            self._add_teacher()
+        self.freeze_base()
+
+    def _add_teacher(self) -> None:
+        teacher = self.vlm.teacher
+        if isinstance(teacher, SiglipTeacher):
+            config = vision_transformer_config(teacher.encoder, self.stage.system, self.platform)
+            self.base.siglip = SiglipVisionEncoder(teacher.encoder, config, self.backend, self.groups.alone())
+        elif not (self.pre_process and self.frozen.vision_encoder):
+            self.base.vision_encoder = self.new_tower()
+
+    def base_prefix(self, part: str) -> str:
+        """A SigLIP checkpoint holds nothing but the tower."""
+        return "" if part == "siglip" else super().base_prefix(part)
+
+    def forward(self, batch: MMCoreBatch) -> Tensor:
+        """The next stage's input, or on the last stage the sums of the loss terms, float32 ``[2]``."""
+        rows = self._enter(batch) if self.pre_process else self.input_tensor  # [r, 1, H]
+        output = self.student(rows, batch.context)  # [r, 1, H]; on the last stage [t, 1, H]
+        if self.post_process:
+            output = self._losses(output, batch)  # [2]
+        return output if self.pre_process else with_zero_gradient(output, self.input_tensor)
+
+    # -- first stage
+
+    def _enter(self, batch: MMCoreBatch) -> Tensor:
+        """Token embeddings with visual tokens of the images that are read, and queries, among them."""
+        assert batch.sight is not None
+        seen = self.seen_features(batch.sight, self.frozen_features(batch.sight))  # [V, (1 + K) H] or None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen.up_to_layers):
+            words = self.query_tokens(self.backbone.embed(batch.input_ids), batch.queries.index)  # [T, 1, H]
+            return self.embed(self.backbone, words, seen, batch.sight, batch.local_index)
+
+    # -- last stage
+
+    def _losses(self, hidden_t1H: Tensor, batch: MMCoreBatch) -> Tensor:
+        """Eq. 1 and the cross entropy, the sums over this rank's positions."""
+        assert batch.words is not None
+        assert batch.alignment is not None
+        hidden = self.backbone.gather(hidden_t1H)[:, 0]  # [T / context, H]
+        llm = self.text_loss(hidden, batch.words)
+        latents = self.visual_latents(hidden, batch.queries)  # [q, D]
+        if not batch.alignment.sizes:
+            # The connector takes part with nothing, so that its gradients are there on every rank.
+            nothing = self.query_connector(hidden[:1], batch.queries.index.new_zeros(1), self.vlm.num_queries)
+            return losses.stack_terms(llm, nothing.sum() * 0.0)
+        wanted = self._targets(batch.alignment)  # [Q, D]
+        chosen = batch.alignment.learned
+        rows = batch.queries.rows.index_select(0, chosen)
+        vis = losses.visual_alignment_loss(latents.index_select(0, chosen), wanted.index_select(0, rows))
+        return losses.stack_terms(llm, vis)
+
+    def visual_latents(self, hidden_tH: Tensor, queries: Queries) -> Tensor:
+        """F_θ(Q_i), ``[q, D]``, of this context rank's queries."""
+        chosen = hidden_tH.index_select(0, queries.local_index)  # [q, H]
+        return self.query_connector(chosen, queries.rows, len(queries.index))
+
+    @torch.no_grad()
+    def _targets(self, alignment: Alignment) -> Tensor:
+        """v of eq. 1, ``[Q, D]``: the teacher's features, pooled to the queries' grid."""
+        features = alignment.features
+        if features is None:
+            assert alignment.images is not None
+            features = self._teacher(alignment.images)
+        width = self.vlm.latent_size(self.stage.model)
+        return pooled_to_grid(features[:, :width], alignment.sizes, self.vlm.grid)
+
+    def _teacher(self, images: VisionInput | SiglipInput) -> Tensor:
+        if isinstance(images, SiglipInput):
+            return self.base.siglip(images)
+        has_own = self.pre_process and self.frozen.vision_encoder
+        return self.vision_encoder(images) if has_own else self.base.vision_encoder(images)
