@@ -11,6 +11,8 @@ from megatron_unimm.config.parallel import Fp8Config, ParallelConfig, SystemConf
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import ConfigError
 
+NEED_TRANSFORMER_ENGINE = ("layernorm", "moe_act")
+"""Modules whose recompute Megatron-Core 0.16 does with Transformer Engine's FP8 state, which it misses without it."""
 FP8_WEIGHT_MULTIPLE = 16
 """Sides of a matrix in an FP8 product (cuBLASLt)."""
 FP8_ROW_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -264,6 +266,11 @@ def _check_recompute(stage: StageConfig) -> None:
         if refused:
             what = f"{', '.join(refused)} are no parts of a diffusion transformer's layer; it has core_attn and mlp"
             raise ConfigError("system.recompute.modules", what)
+    on_torch = stage.system.layers == "torch" or stage.system.platform == "cpu"
+    refused = [module for module in recompute.modules if module in NEED_TRANSFORMER_ENGINE]
+    if on_torch and recompute.granularity == "selective" and refused:
+        what = f"{', '.join(refused)} can only be recomputed in Transformer Engine layers on a GPU; leave them out"
+        raise ConfigError("system.recompute.modules", what)
 
 
 def _check_fp8(stage: StageConfig, fp8: Fp8Config, trunk: Trunk) -> None:

@@ -1,6 +1,8 @@
 """Megatron-Core's distributed optimizer, with our learning-rate table, and gradient norms that stay on the device."""
 
 import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import megatron.core.optimizer as megatron_optimizer
@@ -51,6 +53,19 @@ def wrap_data_parallel(
             )
         )
     return wrapped
+
+
+@contextmanager
+def gathered_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Whole parameters, where the optimizer otherwise lets them arrive layer by layer during the next forward pass."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(

@@ -27,6 +27,7 @@ from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.lora import ADAPTERS
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.train.average import WeightAverage
+from megatron_unimm.train.optimizer import gathered_parameters
 
 NEW_PARTS = ("vision_head.*", "connector.*", "query_tokens.*", "query_connector.*", ADAPTERS)
 """Parts that a base model may lack; they keep their fresh weights."""
@@ -261,15 +262,16 @@ class Checkpointer:
             "average_steps": None if self.average is None else float(self.average.steps),
             "config": dump(self.stage),
         }
-        self.pending = save(
-            self._state(is_loading=False),
-            directory,
-            meta,
-            asynchronous=asynchronous,
-            group=self.io_group,
-            replicas=self.groups.collection.dp_cp,
-            hf_files=came_from / HF_FOLDER,
-        )
+        with gathered_parameters(self.wrapped):  # save() returns once they are copied
+            self.pending = save(
+                self._state(is_loading=False),
+                directory,
+                meta,
+                asynchronous=asynchronous,
+                group=self.io_group,
+                replicas=self.groups.collection.dp_cp,
+                hf_files=came_from / HF_FOLDER,
+            )
         return directory
 
     def wait(self) -> None:

@@ -151,6 +151,12 @@ def test_layouts_that_fit(shapes: Path, settings: list[str], world_size: int, da
             "1020 is not a multiple of tensor 2 x 2 x context 2 = 8; take 1024",
         ),
         (["context=2", "data.sequence_length=1022"], 2, "data.sequence_length", "2 x context 2 = 4; take 1024"),
+        (
+            ["system.layers=torch", "system.recompute={granularity: selective, modules: [layernorm]}"],
+            1,
+            "system.recompute.modules",
+            "layernorm can only be recomputed in Transformer Engine layers",
+        ),
         (["system.overlap.param_gather=true"], 1, "system.overlap.param_gather", "system.overlap.grad_reduce is false"),
         (
             ["system.overlap.tensor_parallel=true"],

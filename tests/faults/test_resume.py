@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from job import Job
+from job import Job, differences, step_name
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from small_decoder import decoder_step, row_of, several, small_decoder
 from small_orion import make_row, small_stage
@@ -159,3 +159,20 @@ def test_events_of_hosts_with_other_clocks(tmp_path: Path, monkeypatch: pytest.M
     kinds = ("start", "saved", "end")
     assert order == [(attempt, kind) for attempt in (one, two) for kind in kinds]
     assert len(read_events(tmp_path)) == 8
+
+
+# ---------------------------------------------------------------------------------------------- overlap
+
+
+def test_checkpoints_hold_whole_weights_where_they_arrive_late(job: Job) -> None:
+    """With overlapped gathering a rank's weights are its neighbours' old ones until the next forward pass. What is
+    saved in between, and a run that resumes from it, are bit for bit as without."""
+    steady = "stages.sft.train.schedule={kind: constant, min_learning_rate: 1.0e-4, warmup_ratio: 0}"
+    plain, late = job.of(job.run_dir / "plain", steady), job.of(job.run_dir / "late", steady)
+    overlap = "system.overlap={grad_reduce: true, param_gather: true}"
+    plain.finish(2, "train.checkpoint.keep_last=3")
+    late.finish(2, overlap, "train.steps=4")
+    for step in (2, 4):
+        assert not differences(plain.checkpoints / step_name(step), late.checkpoints / step_name(step))
+    late.finish(2, overlap)
+    assert not differences(plain.checkpoints / step_name(6), late.checkpoints / step_name(6))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parallel_layouts import FULL_RECOMPUTE, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
+from test_parallel_layouts import FULL_RECOMPUTE, OVERLAP, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
 
 from megatron_unimm.data.shapes import write_shapes
 
@@ -29,6 +29,7 @@ LAYOUTS = [
     Layout("pp2_vpp2", 2, (PP2, VPP2), "flux"),
     Layout("cp2", 2, (CP2,), "flux"),
     Layout("dp2", 2, (), "flux"),
+    Layout("dp2_overlap", 2, (OVERLAP,), "flux"),
     Layout("recomputed", 1, (FULL_RECOMPUTE,), "flux"),
     Layout("tp2_sp_pp2", 4, (TP2, SP, PP2, FULL_RECOMPUTE), "flux"),
     Layout("tp2_sp_cp2", 4, (TP2, SP, CP2, SELECTIVE), "flux"),

@@ -28,6 +28,7 @@ MODELS = {
     "deepstack": (f"model.vision_encoder={DEEPSTACK}", "model.backbone.mrope_interleaved=true"),
 }
 SP = "system.parallel.sequence=true"
+OVERLAP = "system.overlap={grad_reduce: true, param_gather: true}"
 FULL_RECOMPUTE = "system.recompute={granularity: full, num_layers: 1}"
 
 
@@ -46,10 +47,13 @@ LAYOUTS = [
     Layout("pp2_vpp2", 2, ("system.parallel.pipeline=2", "system.parallel.virtual_pipeline=2")),
     Layout("cp2", 2, ("system.parallel.context=2",)),
     Layout("dp2", 2, ()),
+    Layout("dp2_overlap", 2, (OVERLAP,)),
     Layout(
         "tp2_sp_pp2", 4, ("system.parallel.tensor=2", "system.parallel.sequence=true", "system.parallel.pipeline=2")
     ),
+    Layout("pp2_vpp2_dp2_overlap", 4, ("system.parallel={pipeline: 2, virtual_pipeline: 2}", OVERLAP)),
     Layout("ep2", 2, ("system.parallel.expert=2",), model="moe"),
+    Layout("ep2_overlap", 2, ("system.parallel.expert=2", OVERLAP), model="moe"),
     Layout(
         "ep2_tp2",
         4,

@@ -129,9 +129,8 @@ class OrionModel(VlmModel):
         targets, group = batch.targets, self.groups.collection.tp
         hidden = self.backbone.gather(student)[:, 0]  # [T / context, H]
         hidden_vision = hidden.index_select(0, targets.vision_index)  # [n_vision, H]
-        zero = hidden.sum() * 0.0
-        ce = self.text_loss(hidden, batch.words) if self.weights.cross_entropy else zero
-        mse = kl = zero
+        mse = kl = hidden.sum() * 0.0
+        ce = self.text_loss(hidden, batch.words) if self.weights.cross_entropy else self.no_text_loss(hidden)
         if batch.generates:
             if features is None:
                 features = targets.features

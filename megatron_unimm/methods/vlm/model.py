@@ -183,11 +183,16 @@ class VlmModel(StageModel):
         """−Σ log p of the next token, over the positions whose next token is text; a scalar."""
         chosen = hidden_tH.index_select(0, words.index)  # [n_text, H]
         if not len(chosen):
-            return hidden_tH.sum() * 0.0
+            return self.no_text_loss(hidden_tH)
         logits = self.backbone.logits(chosen)  # [n_text, vocab / tensor]
         if self.text_observer is not None:
             self.text_observer(logits.detach())
         return cross_entropy(logits, words.labels).sum()
+
+    def no_text_loss(self, hidden_tH: Tensor) -> Tensor:
+        """Zero; the output layer takes part with nothing, so that its gradient is there on every rank, in one order
+        (overlapped reduction waits for each)."""
+        return self.backbone.logits(hidden_tH[:1]).sum() * 0.0
 
     # -- generation: the contract of generate/staged.py
 

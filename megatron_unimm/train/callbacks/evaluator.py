@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,6 +16,7 @@ from megatron_unimm.generate.paint import Painter
 from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.json_lines import append_line, keep_lines
 from megatron_unimm.train.loop import Loop
+from megatron_unimm.train.optimizer import gathered_parameters
 from megatron_unimm.train.record import Record
 from megatron_unimm.train.setup import chat_format
 
@@ -94,7 +93,7 @@ class Evaluator(Callback):
     def _evaluate(self, loop: Loop) -> dict[str, float]:
         self._done_at = loop.step
         scores: dict[str, float] = {}
-        with gathered_parameters(loop):
+        with gathered_parameters(loop.train_step.chunks):
             for suite in self.suites:
                 started = time.perf_counter()
                 result = suite.run(self._live(loop), self.samples[suite.name])
@@ -138,18 +137,3 @@ def load_painter(loop: Loop) -> Painter:
     """The decoder that ``train.logging.decoder`` names, at the layout of the training."""
     directory = find_checkpoint(Path(loop.stage.train.logging.decoder))
     return Painter.load(directory, loop.groups, loop.platform, None if loop.platform.is_gpu else "float32")
-
-
-@contextmanager
-def gathered_parameters(loop: Loop) -> Iterator[None]:
-    """Whole parameters, where the optimizer otherwise lets them arrive layer by layer during the next forward pass."""
-    overlapped = loop.stage.system.overlap.param_gather
-    if overlapped:
-        for chunk in loop.train_step.chunks:
-            chunk.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        if overlapped:
-            for chunk in loop.train_step.chunks:
-                chunk.enable_forward_pre_hook()

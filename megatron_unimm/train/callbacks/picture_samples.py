@@ -12,8 +12,9 @@ from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.paint import Painter, PaintRequest
 from megatron_unimm.generate.png import picture_grid
 from megatron_unimm.generate.sampling import DecodeSettings
-from megatron_unimm.train.callbacks.evaluator import gathered_parameters, load_painter
+from megatron_unimm.train.callbacks.evaluator import load_painter
 from megatron_unimm.train.loop import Loop
+from megatron_unimm.train.optimizer import gathered_parameters
 from megatron_unimm.train.setup import chat_format
 
 
@@ -40,7 +41,7 @@ class PictureSamples:
 
     def draw(self, loop: Loop) -> np.ndarray:
         """A grid of pictures, uint8 (H, W, 3)."""
-        with gathered_parameters(loop):
+        with gathered_parameters(loop.train_step.chunks):
             return self._draw_again(loop) if self.draws_again else self._draw_prompts(loop)
 
     def _draw_again(self, loop: Loop) -> np.ndarray:
