@@ -20,6 +20,9 @@ from megatron_unimm.checkpoint.torch_dist import Index, write_index
 HF_FOLDER = "hf"
 """Folder inside a checkpoint with the config and tokenizer files of the Hugging Face model."""
 
+LANGUAGE_MODEL = "language_model"
+"""Folder in it with those of the language model, where the checkpoint is of an image generator that has one beside
+it."""
 AVERAGE_PREFIX = "optimizer.average."
 """Before the names of tensors that are running averages of the weights."""
 

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def save(
     asynchronous: bool = False,
     group: dist.ProcessGroup | None = None,
     replicas: dist.ProcessGroup | None = None,
-    hf_files: Path | None = None,
+    hf_files: Path | Mapping[str, Path] | None = None,
     threads: int = 2,
 ) -> PendingSave:
     """Write a checkpoint; called on every rank, with one save at a time per run.
@@ -147,7 +147,8 @@ def save(
             own (``new_io_group``).
         replicas: ranks that hold the same tensors (the data-parallel group): they share the copying and writing, which
             otherwise falls to the first of them alone.
-        hf_files: folder whose files, if it exists, are copied to ``hf/`` of the checkpoint.
+        hf_files: folder whose files, if it exists, are copied to ``hf/`` of the checkpoint; or several, by the folder
+            in it that they go to (empty for itself).
         threads: files that each rank writes at a time.
 
     Raises:
@@ -168,7 +169,12 @@ def save(
     blobs = [_blob(value) for value in values if isinstance(value, ShardedObject) and is_main_replica(value.replica_id)]
     other = serialise("values beside the tensors", common)
     # A base model that never was a Hugging Face folder has no such files.
-    companions = {} if hf_files is None else hf_files_in(hf_files)
+    folders = {"": hf_files} if isinstance(hf_files, Path) else hf_files or {}
+    companions = {
+        (PurePosixPath(under) / name).as_posix(): path
+        for under, folder in folders.items()
+        for name, path in hf_files_in(folder).items()
+    }
 
     def write(folder: Path) -> tuple[Index, dict[str, FileRecord]]:
         return write_pieces(folder, ranks.rank, pieces, blobs, threads=threads)

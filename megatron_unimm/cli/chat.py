@@ -48,14 +48,14 @@ def chat(
 
     setup_logging()  # before Megatron-Core is imported, which warns
 
-    from megatron_unimm.generate.api import Generator
+    from megatron_unimm.generate.load import load_generator
     from megatron_unimm.generate.sampling import DecodeSettings
     from megatron_unimm.generate.session import Session
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
-        if generator.painter is not None:
-            settings = replace(settings, sampler=sampler_of(generator.painter.config.sampler, **drawing))
+    with load_generator(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
+        if generator.sampler is not None:
+            settings = replace(settings, sampler=sampler_of(generator.sampler, **drawing))
         show = click.echo if generator.is_main else _silent
         show(HELP if generator.draws else f"{HELP} This model has no vision head: it answers in text only.")
         converse(Session(generator, settings), lambda: generator.agree(_read_line), show, to)

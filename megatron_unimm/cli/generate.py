@@ -74,16 +74,16 @@ def generate(
 
     setup_logging()  # before Megatron-Core is imported, which warns
 
-    from megatron_unimm.generate.api import Generator
+    from megatron_unimm.generate.load import load_generator
     from megatron_unimm.generate.pictures import read_pictures
     from megatron_unimm.generate.sampling import DecodeSettings
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     pictures = read_pictures(image_files)
-    with Generator.load(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
+    with load_generator(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
         suffix = "" if to is None else to.suffix.lower()
-        if generator.painter is not None:
-            settings = replace(settings, sampler=sampler_of(generator.painter.config.sampler, **drawing))
+        if generator.sampler is not None:
+            settings = replace(settings, sampler=sampler_of(generator.sampler, **drawing))
         elif suffix == PICTURE and generator.draws:
             from megatron_unimm.errors import UserError
 

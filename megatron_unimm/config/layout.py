@@ -37,29 +37,35 @@ class Trunk:
 
 def trunk_of(stage: StageConfig) -> Trunk:
     """The language model's decoder, or the diffusion transformer."""
-    if stage.method.trunk == "backbone":
-        model = stage.model.backbone
-        sharded = {
-            "model.backbone.num_heads": model.num_heads,
-            "model.backbone.mlp_size": model.mlp_size,
-            "model.backbone.vocab_size": model.vocab_size,
-        }
-        if model.moe is not None:
-            sharded["model.backbone.moe.shared_expert_size"] = model.moe.shared_expert_size
-        widths = {
-            "model.backbone.hidden_size": model.hidden_size,
-            "model.backbone.mlp_size": model.mlp_size,
-            "model.backbone.num_heads x head_size": model.num_heads * model.head_size,
-        }
-        return Trunk(
-            "model.backbone",
-            "model.backbone.num_layers",
-            model.num_layers,
-            model.num_kv_heads,
-            sharded,
-            widths,
-            frozenset(list(widths)[1:]),
-        )
+    return _backbone_trunk(stage) if stage.method.trunk == "backbone" else _mmdit_trunk(stage)
+
+
+def _backbone_trunk(stage: StageConfig) -> Trunk:
+    model = stage.model.backbone
+    sharded = {
+        "model.backbone.num_heads": model.num_heads,
+        "model.backbone.mlp_size": model.mlp_size,
+        "model.backbone.vocab_size": model.vocab_size,
+    }
+    if model.moe is not None:
+        sharded["model.backbone.moe.shared_expert_size"] = model.moe.shared_expert_size
+    widths = {
+        "model.backbone.hidden_size": model.hidden_size,
+        "model.backbone.mlp_size": model.mlp_size,
+        "model.backbone.num_heads x head_size": model.num_heads * model.head_size,
+    }
+    return Trunk(
+        "model.backbone",
+        "model.backbone.num_layers",
+        model.num_layers,
+        model.num_kv_heads,
+        sharded,
+        widths,
+        frozenset(list(widths)[1:]),
+    )
+
+
+def _mmdit_trunk(stage: StageConfig) -> Trunk:
     assert stage.generator is not None
     mmdit = stage.generator.mmdit
     heads, width = "generator.mmdit.num_heads", "generator.mmdit.num_heads x head_size"
@@ -82,10 +88,13 @@ def check_layout(stage: StageConfig, world_size: int) -> int:
         ConfigError: for the first rule that is broken, with the field, both numbers, and what to change.
     """
     parallel, trunk = stage.system.parallel, trunk_of(stage)
-    moe = stage.model.backbone.moe if stage.method.trunk == "backbone" else None
+    # A diffusion transformer may have the language model beside it, on the same ranks.
+    beside = stage.method.trunk == "mmdit" and stage.method.needs_queries
+    moe = stage.model.backbone.moe if stage.method.trunk == "backbone" or beside else None
     _check_switches(parallel, trunk, moe)
     _check_world(parallel, world_size)
-    _check_tensor(stage, trunk)
+    for each in [trunk, _backbone_trunk(stage)] if beside else [trunk]:
+        _check_tensor(stage, each)
     _check_experts(parallel, moe)
     _check_pipeline(parallel, trunk)
     _check_sequence_length(stage)

@@ -100,10 +100,52 @@ class MMCoreConfig(Section):
         return {}
 
 
+class DropoutSchedule(Section):
+    """A rate that goes from one value to another, linearly over the first steps of a stage."""
+
+    start: float = Field(ge=0, le=1)
+    end: float = Field(ge=0, le=1)
+    steps: int = Field(default=0, ge=0)
+    """0 has the last value from the beginning."""
+
+    def at(self, step: int) -> float:
+        """Of the step that comes after ``step`` others."""
+        done = min(1.0, step / self.steps) if self.steps else 1.0
+        return self.start + (self.end - self.start) * done
+
+
+class MMCoreDiffusionConfig(Section):
+    """MMCORE's second stage: a text-to-image diffusion transformer goes on training with words and visual latents of
+    the VLM in place of its text encoders, and with the pictures before in its context (section 3.2)."""
+
+    name: Literal["mmcore_diffusion"]
+    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    needs_queries: ClassVar[bool] = True
+    flow: FlowConfig = FlowConfig()
+    sampler: SamplerConfig = SamplerConfig(guidance_scale=3.0, image_guidance_scale=1.5)
+    """How pictures are drawn unless the command says otherwise. ``image_guidance_scale`` is that of the visual
+    latents, ``guidance_scale`` that of the words on top of them."""
+    text_dropout: DropoutSchedule = DropoutSchedule(start=0.5, end=0.1, steps=2000)
+    """Share of frames whose words are left out of the condition. "We apply a higher dropout rate to text embeddings
+    during the early training stages … subsequently annealed"; the paper gives no rates."""
+    visual_dropout: DropoutSchedule = DropoutSchedule(start=0.1, end=0.1)
+    """The same for visual latents, drawn independently."""
+    max_frames: int = Field(default=32, gt=0)
+    """Pictures of a conversation that a transformer without rotary positions can tell apart (SD3: a vector that is
+    added to each picture's tokens, zero at the start)."""
+    embedded_guidance: float = Field(default=3.5, ge=0)
+    """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
+
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Nothing beyond the diffusion transformer; the pathways are whole on every rank."""
+        return {}
+
+
 METHODS: dict[str, type[Section]] = {
     "orion": OrionConfig,
     "orion_decoder": OrionDecoderConfig,
     "mmcore": MMCoreConfig,
+    "mmcore_diffusion": MMCoreDiffusionConfig,
 }
 """By name."""
 
@@ -114,6 +156,6 @@ def _orion_by_default(value: Any) -> Any:
 
 
 MethodConfig = Annotated[
-    Annotated[OrionConfig | OrionDecoderConfig | MMCoreConfig, Field(discriminator="name")],
+    Annotated[OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig, Field(discriminator="name")],
     BeforeValidator(_orion_by_default),
 ]

@@ -256,12 +256,12 @@ class DrawingWork:
 
     # -- rows
 
-    def row(self, samples: Sequence[DrawingSample]) -> DrawingRow:
+    def row(self, samples: Sequence[DrawingSample], step: int = 0) -> DrawingRow:
         """Conditions in front, pictures behind, each stream filled up with padding."""
         num_condition = np.array([sample.num_condition for sample in samples], dtype=np.int64)
         loaded = bool(samples) and (samples[0].pixels is not None or samples[0].latents is not None)
         latent_dim = self.generator.mmdit.patch_dim
-        noise = [_noise(sample, latent_dim) for sample in samples] if loaded else []
+        noise = [picture_noise(sample.noise_seed, sample.num_picture, latent_dim) for sample in samples if loaded]
         return DrawingRow(
             num_text=round_up(int(num_condition.sum()), self.stream_multiple),
             num_tokens=self.data.sequence_length,
@@ -274,10 +274,10 @@ class DrawingWork:
             grids=np.concatenate([np.zeros((0, 3), dtype=np.int64), *(sample.grids for sample in samples)]),
             is_source=np.array([place > 0 for sample in samples for place in range(len(sample.grids))], dtype=bool),
             noise=np.concatenate([np.zeros((0, latent_dim), dtype=np.float32), *noise]),
-            patches=_joined([sample.patches for sample in samples], self.encoder.patch_dim),
-            pixels=_joined([sample.pixels for sample in samples], images.patch_dim(self.pixel_format)),
-            features=_joined_store([sample.features for sample in samples], self.features),
-            latents=_joined_store([sample.latents for sample in samples], self.latents),
+            patches=joined([sample.patches for sample in samples], self.encoder.patch_dim),
+            pixels=joined([sample.pixels for sample in samples], images.patch_dim(self.pixel_format)),
+            features=joined_store([sample.features for sample in samples], self.features),
+            latents=joined_store([sample.latents for sample in samples], self.latents),
             condition_noise=self._condition_noise(samples if loaded else []) if self.condition_noise else None,
             sample_ids=tuple(sample.id for sample in samples),
             kinds=tuple(sample.kind for sample in samples),
@@ -286,7 +286,7 @@ class DrawingWork:
     def _condition_noise(self, samples: Sequence[DrawingSample]) -> np.ndarray:
         width, parts = self.encoder.out_size, []
         for sample in samples:
-            generator = _generator(sample.noise_seed, CONDITION_NOISE)
+            generator = numbers_of(sample.noise_seed, CONDITION_NOISE)
             noise = np.zeros((sample.num_condition, width), dtype=np.float32)
             own = int(sample.grids[0].prod()) // self.encoder.spatial_merge_size**2
             scale = np.float32(generator.uniform(0, self.condition_noise))
@@ -295,20 +295,23 @@ class DrawingWork:
         return np.concatenate([np.zeros((0, width), dtype=np.float32), *parts])
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
+def numbers_of(seed: int, stream: int) -> np.random.Generator:
+    """A sample's random numbers of one kind."""
     return np.random.Generator(np.random.Philox(key=seed | stream << 64))
 
 
-def _noise(sample: DrawingSample, width: int) -> np.ndarray:
-    generator = _generator(sample.noise_seed, PICTURE_NOISE)
-    return generator.standard_normal((sample.num_picture, width), dtype=np.float32)
+def picture_noise(seed: int, num_tokens: int, width: int) -> np.ndarray:
+    """Standard normal, float32 [U, latent patch]."""
+    return numbers_of(seed, PICTURE_NOISE).standard_normal((num_tokens, width), dtype=np.float32)
 
 
-def _joined(parts: Sequence[np.ndarray | None], width: int) -> np.ndarray:
+def joined(parts: Sequence[np.ndarray | None], width: int) -> np.ndarray:
+    """One behind the other, those that are there: float32 [n, width]."""
     return np.concatenate([np.zeros((0, width), dtype=np.float32), *(part for part in parts if part is not None)])
 
 
-def _joined_store(parts: Sequence[np.ndarray | None], store: FeatureStore | None) -> np.ndarray | None:
+def joined_store(parts: Sequence[np.ndarray | None], store: FeatureStore | None) -> np.ndarray | None:
+    """The same of a store's rows, in its type; None without a store."""
     if store is None:
         return None
     empty = np.empty((0, store.meta.width), STORED[store.meta.dtype])

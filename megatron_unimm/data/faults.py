@@ -15,6 +15,7 @@ Fault = Literal[
     "unsafe member",
     "damaged file",
     "too long",
+    "too many pictures",
     "nothing to draw",
 ]
 """Reasons to count by. "unsafe member": an entry of a tar shard that is no plain file, or whose name leads out of it.

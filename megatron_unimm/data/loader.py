@@ -215,7 +215,7 @@ class StepLoader:
         for row in own:
             pairs = [next(loaded) for _ in row]
             voided += [bad for _, broken in pairs for bad in broken]
-            rows.append(self._work.row([sample for sample, _ in pairs]))
+            rows.append(self._work.row([sample for sample, _ in pairs], step))
         counts = {name: plan.drawn[name] for name in self._mix.names}
         return _Prepared(StepBatch(step, rows, counts, plan.bad, voided), plan.after)
 

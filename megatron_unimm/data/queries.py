@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_unimm.config.data import DataConfig, ImageSize, SampleKind
+from megatron_unimm.config.model import VisionEncoderConfig
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, TokenSequence, header_tokens, image_grid, pieces_of, with_system_prompt
@@ -63,6 +64,7 @@ def query_tokens(
     num_queries: int,
     *,
     open_picture: bool = False,
+    open_answer: bool = False,
     answer: bool = True,
 ) -> QueryTokens:
     """Lay a conversation out.
@@ -70,12 +72,17 @@ def query_tokens(
     Args:
         sizes: width and height in pixels of its images.
         open_picture: it ends with the queries of a picture that the assistant is to draw.
+        open_answer: it ends where the assistant speaks next.
         answer: False makes history of it, of which nothing is learned.
     """
     chat_turns = with_system_prompt(turns, chat.data.system_prompt)
     writer = _Writer(chat, num_queries)
     for number, turn in enumerate(chat_turns):
-        writer.add_turn(turn, sizes, learned=answer, is_last=number == len(chat_turns) - 1 and not open_picture)
+        writer.add_turn(
+            turn, sizes, learned=answer, is_last=number == len(chat_turns) - 1 and not (open_picture or open_answer)
+        )
+    if open_picture or open_answer:
+        writer.open_answer()
     if open_picture:
         writer.open_picture()
     return writer.finish(sample_id, kind)
@@ -112,8 +119,10 @@ class _Writer:
         self._add_words([tokenizer.token_ids.im_end], learned, is_word)
         self._add_words(tokenizer.encode("\n"), False, is_word)
 
-    def open_picture(self) -> None:
+    def open_answer(self) -> None:
         self._add_words(header_tokens("assistant", self.chat), False, True)
+
+    def open_picture(self) -> None:
         self._add_picture(-1, False)
 
     def finish(self, sample_id: str, kind: SampleKind) -> QueryTokens:
@@ -148,8 +157,10 @@ class QuerySample:
     """A conversation with what its queries are aligned to."""
 
     layout: QueryTokens
+    target_sizes: tuple[tuple[int, int], ...]
+    """Width and height in pixels that the pictures to be drawn are brought to for the teacher."""
     target_grids: np.ndarray
-    """int64 ``[F, 3]``: patches along time, height, width of the pictures to be drawn, as the teacher looks at them."""
+    """int64 ``[F, 3]``: patches along time, height, width of these. SigLIP leaves out pixels that fill no patch."""
     target_patches: np.ndarray | None = None
     """float32 ``[P, patch_dim]`` of them."""
     target_features: np.ndarray | None = None
@@ -216,7 +227,7 @@ class QueryWork:
     vlm: QueryVlmConfig
     sources: Mapping[str, Source]
     features: FeatureStore | None = None
-    """Of the vision encoder, computed beforehand; then the teacher is the vision encoder, too."""
+    """Of the vision encoder, computed beforehand."""
     alignment: int = 1
     """Each sample takes up a multiple of this many tokens."""
 
@@ -230,15 +241,16 @@ class QueryWork:
 
     @property
     def teacher_format(self) -> PatchFormat:
-        """How pixels become patches of the teacher."""
-        teacher = self.vlm.teacher
-        return SiglipFormat.of(teacher.encoder) if isinstance(teacher, SiglipTeacher) else self.chat.encoder
+        return teacher_format(self.vlm, self.chat.encoder)
 
     @property
     def teacher_size(self) -> ImageSize:
-        """Of pictures as the teacher looks at them."""
-        teacher = self.vlm.teacher
-        return teacher.size if isinstance(teacher, SiglipTeacher) else self.chat.data.generation_size
+        return teacher_size(self.vlm, self.chat.data)
+
+    @property
+    def teacher_features(self) -> FeatureStore | None:
+        """The same, where the teacher is the vision encoder."""
+        return None if isinstance(self.vlm.teacher, SiglipTeacher) else self.features
 
     # -- what a sample holds
 
@@ -251,13 +263,8 @@ class QueryWork:
         if len(layout) > self.room:
             what = f"{len(layout)} tokens, but data.sequence_length is {self.room}"
             raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
-        grids = [self._teacher_grid(sizes[index]) for index in layout.drawn_index]
-        return QuerySample(layout, np.array(grids, dtype=np.int64).reshape(-1, 3))
-
-    def _teacher_grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        form = self.teacher_format
-        width, height = images.target_size(*size, self.teacher_size, form.patch_size * form.spatial_merge_size)
-        return 1, height // form.patch_size, width // form.patch_size
+        drawn = tuple(target_size(sizes[index], self.teacher_size, self.teacher_format) for index in layout.drawn_index)
+        return QuerySample(layout, drawn, target_grids(drawn, self.teacher_format))
 
     # -- what its images hold
 
@@ -269,9 +276,10 @@ class QueryWork:
 
     def target_requests(self, laid: Laid) -> list[ImageRequest]:
         """Pictures to be drawn, as the teacher looks at them."""
+        rule, sample = self.teacher_size, laid.layout
         return [
-            ImageRequest.of_grid(laid.sample.images[index], grid, self.teacher_format, self.teacher_size)
-            for index, grid in zip(laid.layout.layout.drawn_index, laid.layout.target_grids, strict=True)
+            ImageRequest(laid.sample.images[index], width, height, rule.crop, rule.filter)
+            for index, (width, height) in zip(sample.layout.drawn_index, sample.target_sizes, strict=True)
         ]
 
     def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[QuerySample, list[BadSample]]]:
@@ -284,33 +292,62 @@ class QueryWork:
             self.chat.encoder,
         )
         targets = fetch_images(
-            [self.target_requests(each) for each in laid], laid, self.features, decoder, self.teacher_format
+            [self.target_requests(each) for each in laid], laid, self.teacher_features, decoder, self.teacher_format
         )
         done = []
         for each, seen, target in zip(laid, read, targets, strict=True):
             broken, sample = [*seen.broken, *target.broken], each.layout
             tokens = void(sample.layout.tokens) if broken else sample.layout.tokens
             tokens = replace(tokens, **{"patches" if self.features is None else "features": seen.values})
-            field = "target_patches" if self.features is None else "target_features"
+            field = "target_patches" if self.teacher_features is None else "target_features"
             loaded = {"layout": replace(sample.layout, tokens=tokens), "learned": not broken, field: target.values}
             done.append((replace(sample, **loaded), broken))
         return done
 
-    def row(self, samples: Sequence[QuerySample]) -> QueryRow:
+    def row(self, samples: Sequence[QuerySample], step: int = 0) -> QueryRow:
         """One behind the other."""
-        width = images.patch_dim(self.teacher_format)
-        features = [sample.target_features for sample in samples if sample.target_features is not None]
-        patches = [sample.target_patches for sample in samples if sample.target_patches is not None]
-        return QueryRow(
-            tokens=packed_tokens([sample.layout for sample in samples], self.chat, self.room, self.alignment),
-            query_index=packed_index([sample.layout for sample in samples], self.alignment),
-            learned=np.array([sample.learned for sample in samples for _ in sample.target_grids], dtype=bool),
-            target_grids=np.concatenate(
-                [np.zeros((0, 3), dtype=np.int64), *(sample.target_grids for sample in samples)]
-            ),
-            target_patches=np.concatenate([np.zeros((0, width), dtype=np.float32), *patches]),
-            target_features=np.concatenate(features) if features else None,
-        )
+        tokens = packed_tokens([sample.layout for sample in samples], self.chat, self.room, self.alignment)
+        return query_row(samples, tokens, self.alignment, images.patch_dim(self.teacher_format))
+
+
+def query_row(samples: Sequence[QuerySample], tokens: PackedRow, alignment: int, patch_dim: int) -> QueryRow:
+    """Samples whose tokens are packed, in one row.
+
+    Args:
+        patch_dim: numbers of one of the teacher's patches.
+    """
+    features = [sample.target_features for sample in samples if sample.target_features is not None]
+    patches = [sample.target_patches for sample in samples if sample.target_patches is not None]
+    return QueryRow(
+        tokens=tokens,
+        query_index=packed_index([sample.layout for sample in samples], alignment),
+        learned=np.array([sample.learned for sample in samples for _ in sample.target_grids], dtype=bool),
+        target_grids=np.concatenate([np.zeros((0, 3), dtype=np.int64), *(sample.target_grids for sample in samples)]),
+        target_patches=np.concatenate([np.zeros((0, patch_dim), dtype=np.float32), *patches]),
+        target_features=np.concatenate(features) if features else None,
+    )
+
+
+def teacher_format(vlm: QueryVlmConfig, encoder: VisionEncoderConfig) -> PatchFormat:
+    """How pixels become patches of the teacher."""
+    teacher = vlm.teacher
+    return SiglipFormat.of(teacher.encoder) if isinstance(teacher, SiglipTeacher) else encoder
+
+
+def teacher_size(vlm: QueryVlmConfig, data: DataConfig) -> ImageSize:
+    """Of pictures as the teacher looks at them."""
+    return vlm.teacher.size if isinstance(vlm.teacher, SiglipTeacher) else data.generation_size
+
+
+def target_size(size: tuple[int, int], rule: ImageSize, form: PatchFormat) -> tuple[int, int]:
+    """Width and height in pixels that the teacher looks at a picture in."""
+    return images.target_size(*size, rule, form.patch_size * form.spatial_merge_size)
+
+
+def target_grids(sizes: Sequence[tuple[int, int]], form: PatchFormat) -> np.ndarray:
+    """Patches along time, height, width of pictures of these sizes: int64 ``[F, 3]``."""
+    grids = [(1, height // form.patch_size, width // form.patch_size) for width, height in sizes]
+    return np.array(grids, dtype=np.int64).reshape(-1, 3)
 
 
 def conversation_layout(

@@ -4,19 +4,33 @@ How long samples are cannot be known before the data is there. The figures below
 (images, rows) is as the recipe has it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from megatron_unimm.config.data import DataConfig, ImageSize, SampleKind
 from megatron_unimm.config.model import ModelConfig, VisionEncoderConfig
+from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.data import images
-from megatron_unimm.data.chat import image_positions
+from megatron_unimm.data.chat import TokenSequence, image_positions
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample, DrawingWork
 from megatron_unimm.data.packing import build_row, round_up
+from megatron_unimm.data.queries import (
+    QueryRow,
+    QuerySample,
+    QueryTokens,
+    query_row,
+    target_grids,
+    target_size,
+    teacher_format,
+    teacher_size,
+)
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample
 from megatron_unimm.errors import ConfigError
+
+SizedT = TypeVar("SizedT", bound=Sized)
 
 PHOTO = (640, 480)
 """Width and height in pixels of an image that is read, before it is sized (COCO's, which LLaVA's data is built on)."""
@@ -81,24 +95,29 @@ def conversation_row(
         photo: width and height of the images that are read.
         pixels: False leaves patches ``[P, 0]``, where only their number matters.
     """
-    samples: list[TokenizedSample] = []
     width = model.vision_encoder.patch_dim if pixels else 0
-    room = data.sequence_length
-    for kind in _in_proportion(mix):
-        sample = _conversation(kind, model, data, photo, width, room if not samples else None)
-        room -= round_up(len(sample), alignment)
-        if room < 0:
-            break
-        samples.append(sample)
-        if not data.packing:
-            break
-    return build_row(
-        samples,
-        sequence_length=data.sequence_length,
-        alignment=alignment,
-        pad_id=model.token_ids.pad,
-        patch_dim=width,
+    samples = _filled(mix, data, alignment, lambda kind, room: _conversation(kind, model, data, photo, width, room))
+    return _packed(samples, model, data, alignment, width)
+
+
+def query_conversation_row(
+    mix: Mapping[SampleKind, float],
+    model: ModelConfig,
+    vlm: QueryVlmConfig,
+    data: DataConfig,
+    alignment: int = 1,
+    photo: tuple[int, int] = PHOTO,
+    pixels: bool = True,
+) -> QueryRow:
+    """Likewise, with queries in the place of pictures to be drawn; of several in a sample, all but the last are read
+    again."""
+    samples = _filled(
+        mix, data, alignment, lambda kind, room: _query_conversation(kind, model, vlm, data, photo, pixels, room)
     )
+    encoder = model.vision_encoder
+    width, teacher_width = (images.patch_dim(form) if pixels else 0 for form in (encoder, teacher_format(vlm, encoder)))
+    tokens = _packed([sample.layout.tokens for sample in samples], model, data, alignment, width)
+    return query_row(samples, tokens, alignment, teacher_width)
 
 
 def drawing_row(
@@ -119,6 +138,42 @@ def drawing_row(
     found = {"features": data.feature_cache, "latents": data.latent_cache}
     stored = {name: [vars(sample)[name] for sample in samples] for name, folder in found.items() if folder and pixels}
     return replace(row, **{name: np.concatenate(values) for name, values in stored.items()})
+
+
+def _filled(
+    mix: Mapping[SampleKind, float],
+    data: DataConfig,
+    alignment: int,
+    make: Callable[[SampleKind, int | None], SizedT],
+) -> list[SizedT]:
+    """Samples of conversations until the next one finds no room, or one.
+
+    Args:
+        make: from a kind, and for the first the tokens that it must not exceed.
+    """
+    samples: list[SizedT] = []
+    room = data.sequence_length
+    for kind in _in_proportion(mix):
+        sample = make(kind, room if not samples else None)
+        room -= round_up(len(sample), alignment)
+        if room < 0:
+            break
+        samples.append(sample)
+        if not data.packing:
+            break
+    return samples
+
+
+def _packed(
+    samples: Sequence[TokenizedSample], model: ModelConfig, data: DataConfig, alignment: int, patch_width: int
+) -> PackedRow:
+    return build_row(
+        samples,
+        sequence_length=data.sequence_length,
+        alignment=alignment,
+        pad_id=model.token_ids.pad,
+        patch_dim=patch_width,
+    )
 
 
 def _in_proportion(mix: Mapping[SampleKind, float]) -> Iterator[SampleKind]:
@@ -174,6 +229,64 @@ def _conversation(
         target_index=target_index,
         features=_features(int(sizes.sum()), model) if data.feature_cache else None,
     )
+
+
+def _query_conversation(
+    kind: SampleKind,
+    model: ModelConfig,
+    vlm: QueryVlmConfig,
+    data: DataConfig,
+    photo: tuple[int, int],
+    pixels: bool,
+    room: int | None,
+) -> QuerySample:
+    """The user's words and images, then queries, what is read again, and the assistant's words."""
+    shape, encoder = SHAPES[kind], model.vision_encoder
+    form = teacher_format(vlm, encoder)
+    read, drawn = (_grid(*each, encoder) for each in ((photo, data.understanding_size), (DRAWN, data.generation_size)))
+    sequence = TokenSequence(model.token_ids, encoder.spatial_merge_size)
+    sequence.add_text([0] * shape.asked, learned=False)
+    for _ in range(shape.read):
+        sequence.add_image(np.array(read), is_target=False)
+    queries = [np.zeros(0, dtype=np.int64)]
+    for number in range(shape.drawn):
+        queries.append(sequence.add_queries(vlm.num_queries, learned=True))
+        if number < shape.drawn - 1:
+            sequence.add_image(np.array(drawn), is_target=False)
+    sequence.add_text([0] * shape.answered, learned=True)
+    if room is not None and len(sequence) > room and min(photo) > 1:
+        return _query_conversation(kind, model, vlm, data, (photo[0] // 2, photo[1] // 2), pixels, room)
+    tokens = sequence.finish(kind, kind, 0)
+    sizes = (target_size(DRAWN, teacher_size(vlm, data), form),) * shape.drawn
+    grids = target_grids(sizes, form)
+    again, has_cache = max(0, shape.drawn - 1), bool(data.feature_cache) and pixels
+    by_cache = has_cache and not isinstance(vlm.teacher, SiglipTeacher)
+    layout = QueryTokens(
+        tokens=replace(
+            tokens,
+            patches=_patches(tokens.grids, encoder, pixels),
+            features=_features(len(tokens.visual_index), model) if has_cache else None,
+        ),
+        read_index=tuple(range(shape.read + again)),
+        read_drawn=(False,) * shape.read + (True,) * again,
+        drawn_index=tuple(range(shape.read, shape.read + shape.drawn)),
+        query_index=np.concatenate(queries),
+        text_index=(),
+    )
+    return QuerySample(
+        layout=layout,
+        target_sizes=sizes,
+        target_grids=grids,
+        target_patches=None if by_cache else _patches(grids, form, pixels),
+        target_features=_features(int(grids.prod(axis=1).sum()) // encoder.spatial_merge_size**2, model)
+        if by_cache
+        else None,
+    )
+
+
+def _patches(grids: np.ndarray, form: images.PatchFormat, pixels: bool) -> np.ndarray:
+    width = images.patch_dim(form) if pixels else 0
+    return np.zeros((int(grids.prod(axis=1).sum()), width), dtype=np.float32)
 
 
 def _drawing(name: str, kind: SampleKind, work: DrawingWork, photo: tuple[int, int], pixels: bool) -> DrawingSample:

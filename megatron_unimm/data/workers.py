@@ -83,8 +83,12 @@ class SampleWork(Protocol):
         """Decode the images of samples; where one is broken, nothing is learned from its sample."""
         ...
 
-    def row(self, samples: Sequence[Any]) -> Any:
-        """Samples as :meth:`load` gives them, or their layouts on ranks that read no images, in one row."""
+    def row(self, samples: Sequence[Any], step: int = 0) -> Any:
+        """Samples as :meth:`load` gives them, or their layouts on ranks that read no images, in one row.
+
+        Args:
+            step: steps before the one that it is for, where something changes in the course of a stage.
+        """
         ...
 
 
@@ -127,7 +131,7 @@ class ConversationWork:
         seed = draw_key(self.seed, draw) % 2**62
         return laid_out(self.sources, draw, lambda sample: replace(layout_sample(sample, self.chat), noise_seed=seed))
 
-    def row(self, samples: Sequence[TokenizedSample]) -> PackedRow:
+    def row(self, samples: Sequence[TokenizedSample], step: int = 0) -> PackedRow:
         """One behind the other."""
         return build_row(
             samples,

@@ -12,7 +12,8 @@ from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.errors import UserError
 from megatron_unimm.evaluate.suite import SHEET_COLUMNS, Suite, SuiteFiles, SuiteResult
 from megatron_unimm.evaluate.suites import suite_of
-from megatron_unimm.generate.api import Generator, find_language_model
+from megatron_unimm.generate.api import find_language_model
+from megatron_unimm.generate.load import load_generator
 from megatron_unimm.generate.png import picture_grid, write_png
 
 
@@ -33,7 +34,7 @@ def evaluate(
     """Score a checkpoint with a suite; called on every rank that torchrun or srun started (one without them).
 
     Args:
-        model_dir: as ``Generator.load``.
+        model_dir: as ``load_generator``.
         suite: a name of ``evaluate/suites.py``.
         data: folder with the suite's files (``unimm data shapes``), or its file; None has them made.
         to: JSON file for the result, written by rank 0, with pictures beside it (``.png``) where the suite gives some.
@@ -62,7 +63,7 @@ def evaluate(
         if to is not None:
             _write(report, (), to)
         return report
-    with Generator.load(
+    with load_generator(
         model_dir, tensor=tensor, pipeline=pipeline, with_targets=chosen.needs_targets, base=base, decoder=decoder
     ) as generator:
         if chosen.draws and not generator.draws:

@@ -132,8 +132,7 @@ def run(generator: Generator, samples: GenEvalSamples) -> SuiteResult:
 
 def _made_by(generator: Generator) -> dict[str, str]:
     """The checkpoints of language model and image decoder, spelled the same from every folder."""
-    assert generator.painter is not None
-    origins = {"checkpoint": generator.origin, "decoder": generator.painter.origin}
+    origins = {"checkpoint": generator.origin, "decoder": generator.drawn_by}
     return {name: str(Path(origin).resolve()) for name, origin in origins.items()}
 
 

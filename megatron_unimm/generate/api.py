@@ -25,7 +25,7 @@ from megatron_unimm.generate.checkpoint import generation_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, Stream, decode
 from megatron_unimm.generate.paint import Painter, PaintRequest
 from megatron_unimm.generate.sampling import DecodeSettings
-from megatron_unimm.generate.staged import GenerativeChunk, StagedModel, decoding_mode
+from megatron_unimm.generate.staged import SpeakingChunk, StagedModel, decoding_mode
 from megatron_unimm.methods.registry import build_method
 from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.transformer_config import DTYPES
@@ -55,7 +55,7 @@ class Generator:
 
     def __init__(
         self,
-        chunks: Sequence[GenerativeChunk],
+        chunks: Sequence[SpeakingChunk],
         stage: StageConfig,
         groups: ParallelGroups,
         platform: Platform,
@@ -141,6 +141,16 @@ class Generator:
     def paints(self) -> bool:
         """Whether generated images get pixels."""
         return self.painter is not None
+
+    @property
+    def sampler(self) -> SamplerConfig | None:
+        """How pictures are drawn unless the settings say otherwise; None where there are none."""
+        return None if self.painter is None else self.painter.config.sampler
+
+    @property
+    def drawn_by(self) -> str:
+        """The checkpoint that pictures come from."""
+        return "" if self.painter is None else self.painter.origin
 
     def agree(self, read: Callable[[], str]) -> str:
         """What ``read`` gives on the rank that talks to people, on every rank."""
@@ -346,7 +356,7 @@ def find_language_model(model_dir: Path) -> Path:
 
 
 def _draws_only(meta: dict[str, Any]) -> bool:
-    return "mmdit" in meta.get("architecture", {})
+    return "mmdit" in meta.get("architecture", {}) and "language_model" not in meta
 
 
 def _is_decoder(meta: dict[str, Any]) -> bool:

@@ -38,8 +38,8 @@ def generation_stage(
     # Rows are never packed to this length here; it only has to divide.
     stage.data.sequence_length += -stage.data.sequence_length % tensor
     # No teacher; and where nothing trains, the model's own vision encoder is taken for the base model's.
-    assert isinstance(stage.method, OrionConfig)
-    stage.method.loss_weights.kl = 0.0
+    if isinstance(stage.method, OrionConfig):
+        stage.method.loss_weights.kl = 0.0
     stage.train = no_training(world_size, trains=with_base)
     return stage
 
@@ -67,3 +67,43 @@ def _base_stage(meta: dict[str, Any]) -> StageConfig:
         method=OrionConfig(vision_head=head),
         train=no_training(world_size=1),
     )
+
+
+def drawing_stage(
+    meta: dict[str, Any], parallel: ParallelConfig, world_size: int, dtype: Literal["float32"] | None
+) -> StageConfig:
+    """The stage that trained a diffusion transformer, at the layout of ``parallel`` (its layers per stage aside) and
+    with nothing in it that only training needs.
+
+    Args:
+        dtype: None for the checkpoint's own.
+    """
+    stage = StageConfig.model_validate(yaml.safe_load(meta["config"]))
+    assert stage.generator is not None
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    # A mixture of experts beside it wants sequence parallelism when it is built; decoding switches it off.
+    beside = stage.method.needs_queries and stage.model.backbone.moe is not None
+    stage.system = SystemConfig(
+        platform="auto",
+        parallel=ParallelConfig(
+            tensor=parallel.tensor,
+            sequence=parallel.tensor > 1 and beside,
+            pipeline=parallel.pipeline,
+            virtual_pipeline=parallel.virtual_pipeline,
+            context=parallel.context,
+            layers_per_stage=_shared_out(stage.generator.mmdit.num_blocks, chunks),
+        ),
+        precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
+        timeout_minutes=stage.system.timeout_minutes,
+    )
+    stage.data.latent_cache = "none"  # nothing is compared with, so that the last stage needs no VAE
+    stage.data.sequence_length += -stage.data.sequence_length % parallel.context  # as in generation_stage()
+    stage.train = no_training(world_size)
+    return stage
+
+
+def _shared_out(layers: int, chunks: int) -> list[int] | None:
+    """Layers of each of the chunks where they have not all as many; the first ones have one more."""
+    if layers % chunks == 0:
+        return None
+    return [layers // chunks + (number < layers % chunks) for number in range(chunks)]

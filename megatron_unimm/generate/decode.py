@@ -84,8 +84,13 @@ class Follows(Enum):
 class Stream:
     """One sequence on its way: what it has said so far, and its next input."""
 
-    def __init__(self, prompt: Prompt, token_ids: TokenIds, merge: int, settings: DecodeSettings) -> None:
+    def __init__(
+        self, prompt: Prompt, token_ids: TokenIds, merge: int, settings: DecodeSettings, stop_before_image: bool = False
+    ) -> None:
         self.ids: list[int] = []
+        self.opened = False
+        """It stopped where an image would begin."""
+        self._stop_before_image = stop_before_image
         self.images: list[GeneratedImage] = []
         self.follows = Follows.TEXT
         self.finished = False
@@ -104,6 +109,9 @@ class Stream:
         self._put(token)
         if token in (self._token_ids.im_end, self._token_ids.pad):
             self.finished = self.complete = True
+        elif token == self._token_ids.vision_start and self._stop_before_image:
+            self.ids.pop()
+            self.opened = self.finished = self.complete = True
         elif token == self._token_ids.vision_start:
             self._open_image()
         else:
@@ -141,17 +149,26 @@ class Stream:
         self.finished = self.finished or len(self.ids) >= self._settings.max_new_tokens
 
 
-def decode(staged: StagedModel, prompts: Sequence[Prompt], settings: DecodeSettings, max_length: int) -> list[Stream]:
+def decode(
+    staged: StagedModel,
+    prompts: Sequence[Prompt],
+    settings: DecodeSettings,
+    max_length: int,
+    stop_before_image: bool = False,
+) -> list[Stream]:
     """Answer prompts as one batch; called on every rank of the layout. Run it in ``staged.decoding_mode``.
 
     Args:
         max_length: the longest sequence that the model's positions allow.
+        stop_before_image: end an answer where an image would begin.
 
     Raises:
         ConfigError: a prompt and its answer may become longer than that.
     """
     streams = [
-        Stream(prompt, staged.model.token_ids, staged.model.vision_encoder.spatial_merge_size, settings)
+        Stream(
+            prompt, staged.model.token_ids, staged.model.vision_encoder.spatial_merge_size, settings, stop_before_image
+        )
         for prompt in prompts
     ]
     cache = SequenceCache(len(prompts), _room(prompts, settings, staged.model, max_length), staged.device)

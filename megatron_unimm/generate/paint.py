@@ -11,15 +11,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.methods import OrionDecoderConfig
-from megatron_unimm.config.parallel import ParallelConfig, PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.drawing import DrawingSample
@@ -28,20 +25,17 @@ from megatron_unimm.errors import CheckpointError
 from megatron_unimm.flow.guidance import classifier_free, guided_at, renormalised, two_condition
 from megatron_unimm.flow.solvers import solve
 from megatron_unimm.flow.timesteps import timestep_grid
-from megatron_unimm.generate.checkpoint import no_training
+from megatron_unimm.generate.checkpoint import drawing_stage
+from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
 from megatron_unimm.generate.staged import decoding_mode
-from megatron_unimm.generate.stages import StageLink
 from megatron_unimm.methods.orion.decoder.model import ConditionInput, OrionDecoderModel
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.transformer_config import DTYPES
-from megatron_unimm.models.vae import decode, encode, from_patches
 from megatron_unimm.models.vision import VisionInput, VisionTower
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train.state import load_average, load_base
-
-PICTURES_AT_A_TIME = 32
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,8 @@ class PaintRequest:
     """Visual tokens ``[V', H]`` of images that it is an edit of, for decoders that take them."""
 
 
-class Painter:
-    """Draws; every method is called on all ranks of a layout with the same arguments.
+class Painter(BasePainter):
+    """Draws what visual tokens say.
 
     Args:
         chunks: this rank's chunks of the decoder, in the order in which hidden states pass them.
@@ -76,19 +70,12 @@ class Painter:
         *,
         origin: str,
     ) -> None:
+        super().__init__(chunks, stage, groups, platform, origin=origin)
         assert isinstance(stage.method, OrionDecoderConfig)
-        assert stage.generator is not None
         self.chunks = chunks
-        self.stage = stage
         self.config = stage.method
-        self.generator = stage.generator
-        self.groups = groups
-        self.origin = origin
-        self.device = platform.device
-        self.dtype = DTYPES[stage.system.precision.dtype]
-        self.link = StageLink(groups, platform.device, self.dtype, stage.generator.mmdit.hidden_size)
         self.first = chunks[0] if chunks[0].pre_process else None
-        """The chunk with connector and VAE, on the ranks of the first stage."""
+        """The chunk with the connector, on the ranks of the first stage."""
 
     @classmethod
     def load(
@@ -156,7 +143,7 @@ class Painter:
             for start in range(0, len(places), PICTURES_AT_A_TIME):
                 chosen = places[start : start + PICTURES_AT_A_TIME]
                 latents = self.latents([requests[place] for place in chosen], size, sampler, seed)
-                done |= dict(zip(chosen, self._pictures(latents, size), strict=True))
+                done |= dict(zip(chosen, self.pictures(latents, size), strict=True))
         return [done[place] for place in range(len(requests))]
 
     def visual_tokens(self, pictures: Sequence[np.ndarray], grids: np.ndarray) -> list[Tensor]:
@@ -210,27 +197,6 @@ class Painter:
     def _token_counts(self, grids: np.ndarray) -> list[int]:
         return (grids.prod(axis=1) // self.stage.model.vision_encoder.spatial_merge_size**2).tolist()
 
-    def vae_round_trip(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures (uint8 (H, W, 3)) at the size that they are drawn at through the VAE and back, on every rank: the
-        best that a decoder can do."""
-        found = []
-        for picture in map(self._at_drawing_size, pictures):
-            height, width = picture.shape[:2]
-            pixels = torch.zeros(1, 3, height, width, dtype=self.dtype, device=self.device)
-            if self.first is not None:
-                scaled = torch.tensor(picture, device=self.device, dtype=self.dtype) / 127.5 - 1
-                with torch.no_grad():
-                    pixels = decode(self.first.vae, encode(self.first.vae, scaled.permute(2, 0, 1)[None]))
-            found += self._shared(pixels)
-        return found
-
-    def _at_drawing_size(self, picture: np.ndarray) -> np.ndarray:
-        """As training reads a picture that is drawn."""
-        rule = self.stage.data.drawing_size
-        assert rule is not None
-        width, height = images.target_size(picture.shape[1], picture.shape[0], rule, self.generator.token_pixels)
-        return images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
-
     # -- drawing
 
     def latents(
@@ -240,61 +206,12 @@ class Painter:
         side = self.generator.token_pixels
         columns, rows = size[0] // side, size[1] // side
         width = self.generator.mmdit.patch_dim
-        noise = torch.stack([_noise(seed, request.number, rows * columns, width) for request in requests])
+        noise = torch.stack([starting_noise(seed, request.number, rows * columns, width) for request in requests])
         grid = timestep_grid(sampler.steps, sampler.shift, rows * columns, sampler.spacing)
         with decoding_mode(self.chunks):
             guided = _Guided(self, requests, (rows, columns), sampler)
             # The state stays in float32: many small steps would be lost in bfloat16.
             return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
-
-    def run(self, canvas: Canvas, condition: Tensor | None, state_UF: Tensor, timestep: Tensor) -> Tensor:
-        """The velocity of all pictures of a canvas, ``[U, F]``, through all stages, on every rank.
-
-        Args:
-            condition: ``[V, C]`` on the first stage.
-        """
-        output = torch.empty_like(state_UF, dtype=self.dtype)
-        num_rows = len(canvas.text_index) + len(canvas.image_index) + canvas.row.num_vectors
-        for chunk in self.chunks:
-            inputs = received = None
-            if chunk.pre_process:
-                assert condition is not None
-                inputs = chunk.mmdit_input(canvas, condition, state_UF.to(self.dtype), timestep)
-            else:
-                received = self.link.receive(num_rows)
-            hidden = chunk.mmdit(canvas.row, inputs, received)
-            if chunk.post_process:
-                output = self._whole(hidden)[: len(state_UF)].contiguous()
-            else:
-                self.link.send(hidden)
-        self.link.broadcast(output, stage=self.groups.config.pipeline - 1)
-        return output
-
-    def _whole(self, rows_tF: Tensor) -> Tensor:
-        """The image stream of all context ranks, which hold slices of it one behind the other."""
-        group = self.groups.collection.cp
-        if group.size() == 1:
-            return rows_tF
-        parts = [torch.empty_like(rows_tF) for _ in range(group.size())]
-        dist.all_gather(parts, rows_tF.contiguous(), group=group)
-        return torch.cat(parts)
-
-    def _pictures(self, latents_nUF: Tensor, size: tuple[int, int]) -> list[np.ndarray]:
-        side = self.generator.token_pixels
-        count = len(latents_nUF)
-        pixels = torch.zeros(count, 3, size[1], size[0], dtype=self.dtype, device=self.device)
-        if self.first is not None:
-            grids = from_patches(latents_nUF, size[1] // side, size[0] // side, self.generator.mmdit.patch_size)
-            with torch.no_grad():
-                pixels = torch.cat([decode(self.first.vae, grid) for grid in grids.to(self.dtype).split(8)])
-        return self._shared(pixels)
-
-    def _shared(self, pixels_BCHW: Tensor) -> list[np.ndarray]:
-        """What the first stage drew, on every rank, as uint8 (H, W, 3)."""
-        pixels_BCHW = pixels_BCHW.contiguous()
-        self.link.broadcast(pixels_BCHW, stage=0)
-        scaled = ((pixels_BCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
 
 
 class _Guided:
@@ -383,42 +300,10 @@ def _conditions(requests: Sequence[PaintRequest], with_sources: bool) -> tuple[T
     return torch.cat(visual), kept, of_source, np.array(counts, dtype=np.int64)
 
 
-def _noise(seed: int, number: int, tokens: int, width: int) -> Tensor:
-    """float32 ``[U, F]``, the same on every machine and rank."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, number]))
-    return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32))
-
-
 def _stage_of(directory: Path, meta: dict, groups: ParallelGroups, dtype: Literal["float32"] | None) -> StageConfig:
-    """The stage that trained a decoder, at the layout of ``groups`` and with nothing in it that only training needs."""
+    """The stage that trained a decoder, at the layout of ``groups``."""
     if "connector" not in meta or "config" not in meta:
         raise CheckpointError(
             str(directory), "is no image decoder's checkpoint; train one (method.name: orion_decoder)"
         )
-    stage = StageConfig.model_validate(yaml.safe_load(meta["config"]))
-    assert stage.generator is not None
-    parallel = groups.config
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    stage.system = SystemConfig(
-        platform="auto",
-        parallel=ParallelConfig(
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            virtual_pipeline=parallel.virtual_pipeline,
-            context=parallel.context,
-            layers_per_stage=_shared_out(stage.generator.mmdit.num_blocks, chunks),
-        ),
-        precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
-        timeout_minutes=stage.system.timeout_minutes,
-    )
-    stage.data.latent_cache = "none"  # nothing is compared with, so that the last stage needs no VAE
-    stage.data.sequence_length += -stage.data.sequence_length % parallel.context  # as in generation_stage()
-    stage.train = no_training(groups.world_size)
-    return stage
-
-
-def _shared_out(layers: int, chunks: int) -> list[int] | None:
-    """Layers of each of the chunks where they have not all as many; the first ones have one more."""
-    if layers % chunks == 0:
-        return None
-    return [layers // chunks + (number < layers % chunks) for number in range(chunks)]
+    return drawing_stage(meta, groups.config, groups.world_size, dtype)

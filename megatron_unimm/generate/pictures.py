@@ -50,8 +50,7 @@ def write_pictures(
         captions: what each was asked for. numbers: with the seed, fixes each one's noise.
         generator: what made them.
     """
-    assert generator.painter is not None, "only a model with an image decoder is asked for pictures"
-    made_by = {"checkpoint": generator.origin, "decoder": generator.painter.origin}
+    made_by = {"checkpoint": generator.origin, "decoder": generator.drawn_by}
     files = [file] if len(pictures) == 1 else [file.with_stem(f"{file.stem}_{i:03d}") for i in range(len(pictures))]
     shown = []
     for path, picture, caption, number in zip(files, pictures, captions, numbers, strict=True):

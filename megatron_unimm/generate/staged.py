@@ -9,7 +9,7 @@ stages hidden states travel with send and receive, and what the last stage finds
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import ParallelGroups
 
 
-class GenerativeChunk(Protocol):
-    """What decoding asks of a method's model chunk (a torch module)."""
+class SpeakingChunk(Protocol):
+    """What decoding of words asks of a method's model chunk (a torch module)."""
 
     pre_process: bool
     """Whether it embeds tokens and holds the vision encoder."""
@@ -38,10 +38,6 @@ class GenerativeChunk(Protocol):
 
     def see(self, images: VisionInput) -> Tensor:
         """Features ``[V, F]`` of images that are read: visual tokens, F = H, and what else the tower saw of each."""
-        ...
-
-    def target_features(self, images: VisionInput) -> Tensor:
-        """Visual tokens ``[V, H]`` of images as the model learns to generate them."""
         ...
 
     def embed_tokens(self, input_ids: Tensor, features_VF: Tensor | None, visual_index: Tensor | None) -> Tensor:
@@ -55,6 +51,15 @@ class GenerativeChunk(Protocol):
 
     def text_logits(self, hidden_nH: Tensor) -> Tensor:
         """``[n, vocab / tensor]``."""
+        ...
+
+
+@runtime_checkable
+class GenerativeChunk(SpeakingChunk, Protocol):
+    """One that generates images as visual tokens, too."""
+
+    def target_features(self, images: VisionInput) -> Tensor:
+        """Visual tokens ``[V, H]`` of images as the model learns to generate them."""
         ...
 
     def next_visual(self, hidden_nH: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ class StagedModel:
 
     def __init__(
         self,
-        chunks: Sequence[GenerativeChunk],
+        chunks: Sequence[SpeakingChunk],
         model: ModelConfig,
         groups: ParallelGroups,
         device: torch.device,
@@ -118,7 +123,9 @@ class StagedModel:
         num_visual = int(grids.prod(axis=1).sum()) // self.model.vision_encoder.spatial_merge_size**2
         features = torch.empty(num_visual, self.hidden_size, dtype=self.dtype, device=self.device)
         if self.is_first:
-            features = self.chunks[0].target_features(self._vision_input(patches, grids)).contiguous()
+            first = self.chunks[0]
+            assert isinstance(first, GenerativeChunk)
+            features = first.target_features(self._vision_input(patches, grids)).contiguous()
         self.link.broadcast(features, stage=0)
         return features
 
@@ -175,7 +182,9 @@ class StagedModel:
         """The visual tokens ``[count, H]`` that follow hidden states of the last stage (None elsewhere), on all
         ranks."""
         if hidden_nH is not None:
-            visual = self.chunks[-1].next_visual(hidden_nH).to(self.dtype).contiguous()
+            last = self.chunks[-1]
+            assert isinstance(last, GenerativeChunk)
+            visual = last.next_visual(hidden_nH).to(self.dtype).contiguous()
         else:
             visual = torch.empty(count, self.hidden_size, dtype=self.dtype, device=self.device)
         self.link.broadcast(visual, stage=self.groups.config.pipeline - 1)

@@ -63,6 +63,10 @@ class Method(Protocol):
         """The imported checkpoint that each frozen companion comes from."""
         ...
 
+    def model_parts(self) -> dict[str, Path]:
+        """Checkpoints of parts of the model (a tensor's first word) that the stage before may lack as a whole."""
+        ...
+
     def work(self, data: DataSetup) -> SampleWork:
         """What is done to samples before they are rows."""
         ...

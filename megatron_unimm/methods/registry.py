@@ -5,6 +5,8 @@ from collections.abc import Callable
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.footprint import Footprints
 from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion
+from megatron_unimm.methods.mmcore.footprint import MMCoreFootprints
 from megatron_unimm.methods.mmcore.method import MMCore
 from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
@@ -17,6 +19,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "orion": Orion,
     "orion_decoder": OrionDecoder,
     "mmcore": MMCore,
+    "mmcore_diffusion": MMCoreDiffusion,
 }
 
 
@@ -25,7 +28,11 @@ def build_method(stage: StageConfig, platform: Platform, groups: ParallelGroups)
     return METHODS[stage.method.name](stage, platform, groups)
 
 
-FOOTPRINTS: dict[str, Footprints] = {"orion": OrionFootprints(), "orion_decoder": DecoderFootprints()}
+FOOTPRINTS: dict[str, Footprints] = {
+    "orion": OrionFootprints(),
+    "orion_decoder": DecoderFootprints(),
+    "mmcore": MMCoreFootprints(),
+}
 
 
 def footprints_of(stage: StageConfig) -> Footprints:

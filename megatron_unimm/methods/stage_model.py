@@ -51,11 +51,18 @@ class StageModel(MegatronModule):
         """What a checkpoint keeps: everything but the frozen base (which comes from its own checkpoint) and FP8
         history (rebuilt in a few steps)."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {
+        kept = {
             key: value
             for key, value in state.items()
             if not key.startswith(f"{prefix}base.") and not key.endswith("_extra_state")
         }
+        for value in kept.values():
+            value.key = self.checkpoint_name(value.key)
+        return kept
+
+    def checkpoint_name(self, name: str) -> str:
+        """The name in checkpoints of a tensor that has ``name`` here."""
+        return name
 
     def base_sharded_state_dict(self, part: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """A frozen companion under the names that its own checkpoint has; empty where this chunk has none of it."""

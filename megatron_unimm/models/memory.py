@@ -27,7 +27,8 @@ kernels, as we understand them, not yet measured; torch: the plain layers, of wh
                besides) F_expert i / expert_tensor, and the router's scores
 
 Where the weights are frozen and a gradient only passes through, products keep no inputs and norms no normalised copy.
-Where nothing before trains either, nothing is kept.
+Where nothing before trains either, nothing is kept. A product with a low-rank adapter (``models/lora.py``) keeps its
+input as if it trained, and r numbers per token, t r i where columns are cut and s r i where rows are.
 
 Recompute (section 5 there) gives up some of it and makes it again, one layer's worth (``again``), in the backward pass:
 all but the input (``full``); or attention (``core_attn``: then its inputs are kept), the norms' outputs
@@ -35,16 +36,27 @@ all but the input (``full``); or attention (``core_attn``: then its inputs are k
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from megatron_unimm.config.methods import ConnectorConfig
 from megatron_unimm.config.mmdit import FluxConfig, MMDiT, VaeConfig
-from megatron_unimm.config.model import BackboneConfig, MoEConfig, Qwen25VisionConfig, VisionEncoder, VisionHeadConfig
+from megatron_unimm.config.model import (
+    BackboneConfig,
+    MoEConfig,
+    Qwen25VisionConfig,
+    SiglipConfig,
+    VisionEncoder,
+    VisionHeadConfig,
+)
 from megatron_unimm.config.parallel import ParallelConfig, RecomputeConfig, SystemConfig
+from megatron_unimm.config.queries import CONNECTOR_HEAD_SIZE, CONNECTOR_MLP_RATIO, QueryConnectorConfig
+from megatron_unimm.models.lora_shapes import AdaptedLinear
 from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
 from megatron_unimm.models.transformer_config import DTYPES, MMDIT_MLP_RATIO
 from megatron_unimm.models.vae import build_vae
@@ -143,7 +155,7 @@ class LayerShape:
         )
 
     @classmethod
-    def of_tower(cls, model: VisionEncoder) -> "LayerShape":
+    def of_tower(cls, model: VisionEncoder | SiglipConfig) -> "LayerShape":
         like_llama = isinstance(model, Qwen25VisionConfig)
         return cls(
             hidden=model.hidden_size,
@@ -156,6 +168,23 @@ class LayerShape:
             qk_norm=False,
             qkv_bias=True,
             bias=True,
+        )
+
+    @classmethod
+    def of_connector(cls, hidden: int) -> "LayerShape":
+        """A layer over queries, see ``connector_transformer_config``."""
+        heads = hidden // CONNECTOR_HEAD_SIZE
+        return cls(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=heads,
+            head_size=CONNECTOR_HEAD_SIZE,
+            mlp=CONNECTOR_MLP_RATIO * hidden,
+            gated=True,
+            rms_norm=True,
+            qk_norm=False,
+            qkv_bias=False,
+            bias=False,
         )
 
     @property
@@ -236,6 +265,23 @@ def vision_weights(model: VisionEncoder, tensor: int) -> Weights:
     # A level's merger normalises the patches that it has joined.
     levels = len(model.deepstack_layers) * (2 * joined + products)
     return Weights(embedding + layer.norm + products + levels) + layer_weights(layer, tensor).times(model.num_layers)
+
+
+def siglip_weights(model: SiglipConfig, tensor: int) -> Weights:
+    """SigLIP's tower: patch embedding, learned positions, layers, a norm; its pooling head is whole on every rank."""
+    hidden, layer = model.hidden_size, LayerShape.of_tower(model)
+    ends = (model.patch_dim + 1 + model.num_position_embeddings) * hidden + layer.norm
+    head = hidden + _columns(hidden, 3 * hidden, True, 1) + _rows(hidden, hidden, True, 1) + layer.norm
+    head += mlp_weights(hidden, model.mlp_size, False, True, 1)
+    return Weights(ends + model.pooling_head * head) + layer_weights(layer, tensor).times(model.num_layers)
+
+
+def query_connector_weights(model: QueryConnectorConfig, hidden: int, latent: int, tensor: int) -> Weights:
+    """Layers over queries and the norm behind them; the projection is whole on every rank."""
+    layer = LayerShape.of_connector(hidden)
+    layers = layer_weights(layer, tensor).times(model.num_layers) + Weights(layer.norm * bool(model.num_layers))
+    widths = [hidden, latent] if model.projection == "linear" else [hidden, hidden, latent]
+    return layers + Weights(sum(_columns(wide, to, True, 1) for wide, to in pairwise(widths)))
 
 
 def vision_head_weights(model: VisionHeadConfig, hidden: int, tensor: int) -> Weights:
@@ -335,43 +381,66 @@ def _vae_parameters(model: str) -> int:
 # -- activations of transformer layers
 
 
-def layer_kept(layer: LayerShape, spread: Spread, row: float, *, trains: bool, moe: MoEConfig | None = None) -> Kept:
+def layer_kept(
+    layer: LayerShape,
+    spread: Spread,
+    row: float,
+    *,
+    trains: bool,
+    moe: MoEConfig | None = None,
+    adapted: Sequence[AdaptedLinear] = (),
+) -> Kept:
     """A layer over a row of ``row`` tokens; see the head of this file.
 
     Args:
         trains: its weights get a gradient; else one only passes through.
         moe: it has experts in place of the MLP.
+        adapted: linears with an adapter that trains.
     """
-    parts = _layer_parts(layer, spread, row, trains, moe)
+    parts = _layer_parts(layer, spread, row, trains, moe, adapted)
     return _recomputed(parts, layer, spread, row, moe)
 
 
-def tower_layer_kept(layer: LayerShape, spread: Spread, patches: float) -> Kept:
+def tower_layer_kept(layer: LayerShape, spread: Spread, patches: float, trains: bool = True) -> Kept:
     """A layer of a vision tower: on every context rank all patches, without sequence parallelism."""
-    alone = spread.parallel.model_copy(update={"context": 1, "sequence": False})
-    return layer_kept(layer, Spread(alone, spread.recompute, spread.itemsize, spread.fused), patches, trains=True)
+    return layer_kept(layer, _alone(spread), patches, trains=trains)
+
+
+def _alone(spread: Spread) -> Spread:
+    """Of a part that every context rank has whole."""
+    parallel = spread.parallel.model_copy(update={"context": 1, "sequence": False})
+    return Spread(parallel, spread.recompute, spread.itemsize, spread.fused)
 
 
 def _layer_parts(
-    layer: LayerShape, spread: Spread, row: float, trains: bool, moe: MoEConfig | None
+    layer: LayerShape,
+    spread: Spread,
+    row: float,
+    trains: bool,
+    moe: MoEConfig | None,
+    adapted: Sequence[AdaptedLinear],
 ) -> dict[str, float]:
     """Bytes that each part keeps."""
     tensor, item = spread.parallel.tensor, spread.itemsize
     tokens, between = spread.tokens(row), spread.between(row)
+    learns = dict.fromkeys(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), trains)
+    learns |= {each.name: True for each in adapted}
     heads, hidden = layer.heads * layer.head_size / tensor, between * layer.hidden * item
     parts = {
         "norm_1": _norm(between, layer.hidden, layer.rms_norm, spread, trains),
-        "qkv": hidden * trains,
+        "qkv": hidden * learns["linear_qkv"],
         "qk_norm": _qk_norm(layer, spread, tokens, trains) if layer.qk_norm else 0.0,
         "attention": _attention(layer, spread, row),
-        "output": tokens * heads * item * (trains and not spread.fused),
+        "output": tokens * heads * item * (learns["linear_proj"] and not spread.fused),
         "norm_2": _norm(between, layer.hidden, layer.rms_norm, spread, trains),
-        "mlp_input": hidden * trains,
+        "mlp_input": hidden * learns["linear_fc1"],
+        "adapters": sum(each.rank * (between if each.by_rows else tokens) for each in adapted) * item,
     }
     if moe is None:
-        parts["mlp"] = _mlp(tokens * layer.mlp / tensor, layer.gated, spread, trains)
+        parts["mlp"] = _mlp(tokens * layer.mlp / tensor, layer.gated, spread, learns["linear_fc2"])
         return parts
-    shared = _mlp(tokens * moe.shared_expert_size / tensor, True, spread, trains) if moe.shared_expert_size else 0.0
+    shared = tokens * moe.shared_expert_size / tensor
+    shared = _mlp(shared, True, spread, learns["linear_fc2"])
     return parts | {"mlp": shared} | _experts(layer, moe, spread, between, trains)
 
 
@@ -502,7 +571,7 @@ def tower_kept(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
     return layers + Kept((1 + levels) * merger - tapped * normed)
 
 
-def tower_pass(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
+def tower_pass(model: VisionEncoder | SiglipConfig, spread: Spread, patches: float) -> Kept:
     """A frozen tower: nothing but what a layer needs while it runs."""
     none = Spread(spread.parallel, RecomputeConfig(), spread.itemsize, spread.fused)
     layer = tower_layer_kept(LayerShape.of_tower(model), none, patches)
@@ -555,6 +624,30 @@ def vision_head_kept(model: VisionHeadConfig, hidden: int, spread: Spread, posit
     if model.kind == "mlp":
         return Kept(positions * (hidden * item * (1 + 2 * model.expansion / spread.parallel.tensor) + error))
     return Kept(positions * (hidden * item * (1 + 2 * 14 * model.num_layers) + error))
+
+
+def query_connector_kept(
+    model: QueryConnectorConfig,
+    hidden: int,
+    latent: int,
+    spread: Spread,
+    queries: float,
+    mine: float,
+    *,
+    trains: bool,
+) -> Kept:
+    """From hidden states at a row's queries to what they predict, and eq. 1 there. Layers see all Q on every context
+    rank, the projection its own q of them.
+
+    The projection keeps its input and its hidden layer before and after the activation, q H i each. The cosine keeps
+    both of its sides normalised, in fp32, q D each (in bf16 the prediction in fp32 besides).
+    """
+    item, kept = spread.itemsize, Kept()
+    if model.num_layers:
+        layers = tower_layer_kept(LayerShape.of_connector(hidden), spread, queries, trains).times(model.num_layers)
+        kept += layers + Kept(_norm(queries, hidden, True, spread, trains))
+    inside = mine * hidden * item * (trains + (model.projection == "mlp") * (1 + trains))
+    return kept + Kept(inside + mine * latent * 2 * FLOAT)
 
 
 # -- activations of diffusion transformers

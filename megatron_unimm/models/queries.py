@@ -47,7 +47,7 @@ class QueryConnector(MegatronModule):
     """From hidden states at the queries to visual latents: ``[q, H]`` to ``[q, D]``.
 
     Args:
-        config: of its layers, see ``connector_transformer_config``.
+        config: of its layers, see ``connector_transformer_config``; without layers only sizes are read of it.
         context_group: ranks that share a row, and may each hold a part of a picture's queries.
     """
 
@@ -104,7 +104,8 @@ class QueryConnector(MegatronModule):
 
 def pooled_to_grid(features_VF: Tensor, sizes: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Tensor:
     """Features of the patches of pictures, averaged over the cells of a grid laid over each picture (arXiv 2604.19902,
-    section 3.1.1: "pool ViT patch features into a K x K grid"). A cell that is smaller than a patch has that patch's.
+    section 3.1.1: "pool ViT patch features into a K x K grid"). A cell averages all patches that it shares some area
+    with, as many as they are: neighbours may share a patch, and cells smaller than a patch have one each, or a few.
 
     Args:
         features_VF: pictures one behind the other, row by row.

@@ -106,7 +106,7 @@ def connector_transformer_config(
     """Layers over a picture's queries: tensor parallel, whole on the last pipeline stage (MetaQuery's connector,
     arXiv 2504.06256: heads of 64, an MLP of four times the width, and here the gated one of the language model)."""
     fields: dict[str, Any] = dict(
-        num_layers=max(1, num_layers),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         num_attention_heads=hidden_size // CONNECTOR_HEAD_SIZE,
         kv_channels=CONNECTOR_HEAD_SIZE,

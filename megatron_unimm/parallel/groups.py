@@ -1,8 +1,9 @@
 """From a layout and a world size to the process groups that are handed to every module."""
 
+import copy
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,6 +71,14 @@ class ParallelGroups:
         return ProcessGroupCollection(
             pp=None, cp=single, tp_cp=self.collection.tp, **{n: getattr(self.collection, n) for n in names}
         )
+
+    def without_pipeline(self) -> "ParallelGroups":
+        """The same layout for a model that sits whole on one pipeline stage: its ranks see one another as they do for
+        the rest of the stage."""
+        changed = {"pipeline": 1, "virtual_pipeline": 1, "layers_per_stage": None}
+        collection = copy.copy(self.collection)
+        collection.pp = collection.embd = collection.pos_embd = _SINGLES.group()
+        return replace(self, config=self.config.model_copy(update=changed), collection=collection)
 
 
 class _Singles:

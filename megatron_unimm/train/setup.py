@@ -70,7 +70,7 @@ def fill(chunks: list[StageModel], stage: StageConfig, method: Method, start: St
     load_base(chunks, method.base_parts(), groups)
     if not start.resume:
         check_architecture(start.directory, stage)
-        load_weights(chunks, start.directory, groups)
+        load_weights(chunks, start.directory, groups, method.model_parts())
 
 
 def chat_format(stage: StageConfig) -> ChatFormat:

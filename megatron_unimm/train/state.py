@@ -1,6 +1,6 @@
 """What a checkpoint holds, and where a stage starts from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_unimm.checkpoint.fallback import Tell, newest_intact
-from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER, LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import PendingSave, load, save
@@ -29,7 +29,15 @@ from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.train.average import WeightAverage
 from megatron_unimm.train.optimizer import gathered_parameters
 
-NEW_PARTS = ("vision_head.*", "connector.*", "query_tokens.*", "query_connector.*", ADAPTERS)
+NEW_PARTS = (
+    "vision_head.*",
+    "connector.*",
+    "query_tokens.*",
+    "query_connector.*",
+    "pathways.*",
+    "frame_embedding.*",
+    ADAPTERS,
+)
 """Parts that a base model may lack; they keep their fresh weights."""
 
 
@@ -59,13 +67,43 @@ def model_state(chunks: Sequence[MegatronModule], groups: ParallelGroups) -> dic
     return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
 
 
-def load_weights(chunks: Sequence[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
+def load_weights(
+    chunks: Sequence[MegatronModule],
+    directory: Path,
+    groups: ParallelGroups,
+    elsewhere: Mapping[str, Path] | None = None,
+    unread: Sequence[str] = (),
+) -> None:
     """Fill the model from a base model or another run's checkpoint, whatever its layout.
+
+    Args:
+        elsewhere: checkpoints of parts (a name's first word) that ``directory`` may lack as a whole.
+        unread: globs of tensors that it may hold besides.
 
     Raises:
         CheckpointError: it is of another architecture; names the first tensor that differs.
     """
-    load(model_state(chunks, groups), directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*",))
+    with Reader(directory) as reader:
+        held = {_part_of(key) for key in reader.tensors}
+    lacking = {part: path for part, path in (elsewhere or {}).items() if part not in held}
+    state = model_state(chunks, groups)
+    for other in dict.fromkeys(lacking.values()):
+        names = {part for part, path in lacking.items() if path == other}
+        load(_with_parts(state, lambda part, names=names: part in names), other, may_be_unread=("*",))
+    own = _with_parts(state, lambda part: part not in lacking)
+    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*", *unread))
+
+
+def _part_of(key: str) -> str:
+    return key.split(".", 1)[0]
+
+
+def _with_parts(state: Mapping[str, Any], chosen: Callable[[str], bool]) -> dict[str, Any]:
+    """Of a model's sharded state, the tensors of chosen parts."""
+    return {
+        chunk: {key: value for key, value in tensors.items() if chosen(_part_of(value.key))}
+        for chunk, tensors in state.items()
+    }
 
 
 def load_average(chunks: Sequence[MegatronModule], directory: Path, groups: ParallelGroups) -> None:
@@ -105,10 +143,15 @@ def check_architecture(directory: Path, stage: StageConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: names the first field that differs, with both values.
     """
-    if stage.method.trunk == "mmdit":
-        assert stage.generator is not None
-        return _check(directory, "generator", stage.generator)
-    return _check(directory, "model", stage.model)
+    if stage.method.trunk == "backbone" or (stage.method.needs_queries and not _draws(directory)):
+        return _check(directory, "model", stage.model)
+    assert stage.generator is not None
+    return _check(directory, "generator", stage.generator)
+
+
+def _draws(directory: Path) -> bool:
+    """Whether a checkpoint holds a diffusion transformer, perhaps with a language model beside it."""
+    return "mmdit" in read_meta(directory).get("architecture", {})
 
 
 def check_base(stage: StageConfig) -> None:
@@ -262,6 +305,14 @@ class Checkpointer:
             "average_steps": None if self.average is None else float(self.average.steps),
             "config": dump(self.stage),
         }
+        hf_files = {"": came_from / HF_FOLDER}
+        if self.stage.method.trunk == "mmdit" and self.stage.method.needs_queries:
+            language_model = base_directory(self.stage)
+            meta["language_model"] = {
+                "family": read_meta(language_model)["family"],
+                "architecture": self.stage.model.model_dump(mode="json"),
+            }
+            hf_files[LANGUAGE_MODEL] = language_model / HF_FOLDER
         with gathered_parameters(self.wrapped):  # save() returns once they are copied
             self.pending = save(
                 self._state(is_loading=False),
@@ -270,7 +321,7 @@ class Checkpointer:
                 asynchronous=asynchronous,
                 group=self.io_group,
                 replicas=self.groups.collection.dp_cp,
-                hf_files=came_from / HF_FOLDER,
+                hf_files=hf_files,
             )
         return directory
 

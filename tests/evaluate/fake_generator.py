@@ -46,7 +46,7 @@ class FakeGenerator:
         self.paint, self.say = paint, say
         self.reconstruct, self.vae_round_trip = reconstruct, vae_round_trip
         self.paints, self.draws, self.origin = paints, True, origin
-        self.painter = SimpleNamespace(origin=decoder) if paints else None
+        self.drawn_by = decoder if paints else ""
         self.asked: list[Asked] = []
         self.groups = SimpleNamespace(
             config=SimpleNamespace(expert=1),

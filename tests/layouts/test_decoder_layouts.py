@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parallel_layouts import FULL_RECOMPUTE, OVERLAP, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
+from test_parallel_layouts import (
+    FULL_RECOMPUTE,
+    OVERLAP,
+    SP,
+    TOLERANCE,
+    Layout,
+    start_worker,
+    worst_gradient_difference,
+)
 
 from megatron_unimm.data.shapes import write_shapes
 

@@ -1,12 +1,12 @@
-"""Runs ORION's SFT stage, or its image decoder's, for three steps at one layout and writes down what must not depend on
-it. Started by torchrun.
+"""Runs a stage of a Shapes recipe (ORION's unless a task says otherwise) for three steps at one layout and writes down
+what must not depend on it. Started by torchrun.
 
-usage: worker.py '[{"folder": …, "stage": …, "name": …, "overrides": […]}, …]'
+usage: worker.py '[{"folder": …, "recipe": "orion", "stage": …, "name": …, "overrides": […]}, …]'
 
-A task named init writes random checkpoints from one rank: for sft FOLDER/base and FOLDER/start, for the decoder
-FOLDER/start, which is its image generator (FOLDER/base comes from the other). Any other name writes
-FOLDER/NAME.json (losses, gradient norms) and FOLDER/NAME (gradients of the first step). One start serves many
-layouts, since importing takes longer than training.
+A task named init writes random checkpoints from one rank: for language models FOLDER/base and FOLDER/start (and
+FOLDER/siglip where that is the teacher), for an image decoder FOLDER/start, which is its image generator (FOLDER/base
+comes from the other). Any other name writes FOLDER/NAME.json (losses, gradient norms) and FOLDER/NAME (gradients of the
+first step). One start serves many layouts, since importing takes longer than training.
 """
 
 import json
@@ -27,51 +27,55 @@ from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.train import setup
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_unimm.train.schedule import learning_rate
-from megatron_unimm.train.state import Start, model_state
+from megatron_unimm.train.state import Start, model_state, sharding_metadata
 from megatron_unimm.train.step import TrainStep
 
 REPO = Path(__file__).resolve().parents[2]
 NUM_STEPS = 3
 
 
-def stage_config(folder: Path, name: str, overrides: list[str]) -> StageConfig:
-    """A stage of the Shapes recipe with a smaller, four-layer model."""
-    small = [
-        "model.vision_encoder.num_layers=2",
-        "model.vision_encoder.hidden_size=32",
-        "model.vision_encoder.mlp_size=48",
-        "model.vision_encoder.full_attention_layers=[1]",
-        "model.vision_encoder.out_size=64",
-        "model.backbone.num_layers=4",
-        "model.backbone.hidden_size=64",
-        "model.backbone.num_heads=4",
-        "model.backbone.head_size=16",
-        "model.backbone.mlp_size=96",
-        "model.backbone.mrope_sections=[2,3,3]",
-        "data.sequence_length=512",
-        f"data.tokenizer={REPO}/tools/base_models/shapes_vlm",
-        "train.global_batch_size=12",
-        f"base_checkpoint={folder}/base",
-        f"generator_checkpoint={folder}/start",
-        "generator.mmdit.num_layers=4",
-        "generator.mmdit.num_heads=4",
-        "generator.mmdit.head_size=8",
-        "generator.mmdit.condition_size=24",
-        "generator.mmdit.pooled_size=12",
-        "generator.mmdit.latent_channels=4",
-        "generator.vae={latent_channels: 4, block_channels: [8, 8, 8, 8], norm_groups: 4}",
-        "train.ema_decay=0.9",
-        "system.precision.dtype=float32",
-        "system.parallel.tensor=1",
-        "system.parallel.sequence=false",
-        "system.cpu_threads=1",
-    ]
-    return load_recipe(REPO / "configs/orion/shapes.yaml", small + overrides).stages[name]
+SMALL = (
+    "model.vision_encoder.num_layers=2",
+    "model.vision_encoder.hidden_size=32",
+    "model.vision_encoder.mlp_size=48",
+    "model.vision_encoder.full_attention_layers=[1]",
+    "model.vision_encoder.out_size=64",
+    "model.backbone.num_layers=4",
+    "model.backbone.hidden_size=64",
+    "model.backbone.num_heads=4",
+    "model.backbone.head_size=16",
+    "model.backbone.mlp_size=96",
+    "model.backbone.mrope_sections=[2,3,3]",
+    "data.sequence_length=512",
+    f"data.tokenizer={REPO}/tools/base_models/shapes_vlm",
+    "train.global_batch_size=12",
+    "train.ema_decay=0.9",
+    "system.precision.dtype=float32",
+    "system.parallel.tensor=1",
+    "system.parallel.sequence=false",
+    "system.cpu_threads=1",
+)
+GENERATOR = (
+    "generator.mmdit.num_layers=4",
+    "generator.mmdit.num_heads=4",
+    "generator.mmdit.head_size=8",
+    "generator.mmdit.condition_size=24",
+    "generator.mmdit.pooled_size=12",
+    "generator.mmdit.latent_channels=4",
+    "generator.vae={latent_channels: 4, block_channels: [8, 8, 8, 8], norm_groups: 4}",
+)
+RECIPES = {"orion": (*SMALL, *GENERATOR), "mmcore": SMALL}
+"""With smaller models, of four layers."""
 
 
-def init(folder: Path, name: str, overrides: list[str]) -> None:
+def stage_config(folder: Path, recipe: str, name: str, overrides: list[str]) -> StageConfig:
+    """A stage of a small Shapes recipe whose checkpoints are in a folder."""
+    files = [f"base_checkpoint={folder}/base", f"generator_checkpoint={folder}/start"]
+    return load_recipe(REPO / f"configs/{recipe}/shapes.yaml", [*RECIPES[recipe], *files, *overrides]).stages[name]
+
+
+def init(folder: Path, stage: StageConfig) -> None:
     """Two random models, so that student and teacher differ; biases and norms too, so that none is invisible."""
-    stage = stage_config(folder, name, overrides)
     platform, groups = setup.enter(stage)
     _, chunks = setup.build_model(stage, platform, groups)
     decodes = stage.method.trunk == "mmdit"
@@ -83,11 +87,13 @@ def init(folder: Path, name: str, overrides: list[str]) -> None:
         for parameter in chunks[0].parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         save(model_state(chunks, groups), folder / name, meta)
+    siglip = chunks[0].base_sharded_state_dict("siglip", sharding_metadata(groups))
+    if siglip:
+        save({"siglip": siglip}, folder / "siglip", {"kind": "base_model", "family": "siglip"})
 
 
-def run(folder: Path, stage_name: str, name: str, overrides: list[str]) -> None:
+def run(folder: Path, stage: StageConfig, name: str) -> None:
     """Three optimizer steps from FOLDER/start."""
-    stage = stage_config(folder, stage_name, overrides)
     platform, groups = setup.enter(stage)
     method, chunks = setup.build_model(stage, platform, groups)
     setup.fill(chunks, stage, method, Start(folder / "start", resume=False), groups)
@@ -105,6 +111,7 @@ def run(folder: Path, stage_name: str, name: str, overrides: list[str]) -> None:
                 "norm": result.gradient_norm.item(),
                 "modules": result.module_norms.tolist(),
                 "kinds": kinds,
+                "samples": sorted(name for row in batch.rows for name in row.sample_ids),
             }
         )
         if number == 0:
@@ -146,8 +153,9 @@ def main() -> None:
     plan = json.loads(sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1])
     for task in plan:
         torch.manual_seed(0)
-        folder, stage, name, overrides = Path(task["folder"]), task["stage"], task["name"], task["overrides"]
-        init(folder, stage, overrides) if name == "init" else run(folder, stage, name, overrides)
+        folder, name = Path(task["folder"]), task["name"]
+        stage = stage_config(folder, task.get("recipe", "orion"), task["stage"], task["overrides"])
+        init(folder, stage) if name == "init" else run(folder, stage, name)
         parallel_state.destroy_model_parallel()
     destroy_groups()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from small_decoder import SMALL_DECODER
+from small_mmcore import SMALL as SMALL_MMCORE
 from small_orion import SMALL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,12 @@ def decoder(repo: Path, *overrides: str) -> StageConfig:
     """A small image decoder's stage."""
     settings = [*SMALL_DECODER, "system.layers=torch", *overrides]
     return load_recipe(repo / "configs/orion/shapes.yaml", settings).stages["decoder"]
+
+
+def mmcore(repo: Path, *overrides: str) -> StageConfig:
+    """A small stage of MMCORE's VLM, all of which trains."""
+    settings = [*SMALL_MMCORE, *ROWS, "system.layers=torch", *overrides]
+    return load_recipe(repo / "configs/mmcore/shapes.yaml", settings).stages["vlm"]
 
 
 def place_of(stage: StageConfig, rank: int, world_size: int, virtual_stage: int = 0) -> ChunkPlace:

@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure import decoder, orion, place_of
-from test_memory import CP, FLUX, FULL, MOE, PP, QWEN3, SD35, TP, frozen
+from measure import decoder, mmcore, orion, place_of
+from small_mmcore import FROZEN_VLM, LORA, SIGLIP
+from test_memory import CONNECTOR, CP, FLUX, FULL, MOE, PP, QWEN3, SD35, TP, frozen
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.footprint import ChunkFootprint
+from megatron_unimm.methods.mmcore import flops as mmcore_flops
 from megatron_unimm.methods.orion import flops as orion_flops
-from megatron_unimm.methods.orion import footprint as orion_footprint
 from megatron_unimm.methods.orion.decoder import footprint as decoder_footprint
 from megatron_unimm.methods.orion.decoder.flops import load_of
 from megatron_unimm.methods.orion.decoder.method import num_vectors
 from megatron_unimm.methods.registry import build_method, footprints_of
+from megatron_unimm.methods.vlm import footprint as vlm_footprint
 from megatron_unimm.models.memory import Spread
 from megatron_unimm.models.mmdit import modulation
 from megatron_unimm.parallel import platform_meta
@@ -32,7 +34,7 @@ def _all_pairs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's counter sees attention as plain products, and the masked half of a causal one, too."""
     plain = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(platform_meta, "_attention", plain)
-    for module in (orion_flops, orion_footprint):
+    for module in (orion_flops, mmcore_flops, vlm_footprint):
         monkeypatch.setattr(module, "causal_pairs", lambda bounds: float((np.diff(bounds) ** 2).sum()))
 
 
@@ -66,6 +68,41 @@ def test_orion_chunks(overrides: tuple[str, ...], rank: int, world_size: int, re
     forward, both = counted(stage, row, rank, world_size)
     assert found.forward.total == forward
     assert found.forward.total + found.backward.total == both
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rank", "world_size"),
+    [
+        ((), 0, 1),
+        (PP, 0, 2),
+        ((*PP, SIGLIP), 1, 2),
+        (QWEN3, 0, 1),
+        (CONNECTOR, 0, 1),
+        ((*CONNECTOR, *PP, FROZEN_VLM), 1, 2),
+        (LORA, 0, 1),
+        ((*LORA, *PP), 1, 2),
+        (frozen("vision_encoder"), 0, 1),
+    ],
+)
+def test_mmcore_chunks(overrides: tuple[str, ...], rank: int, world_size: int, repo: Path) -> None:
+    stage = mmcore(repo, *overrides)
+    row = footprints_of(stage).typical_row(stage)
+    found = planned(stage, row, rank, world_size)
+    forward, both = counted(stage, row, rank, world_size)
+    assert found.forward.total == forward
+    assert found.forward.total + found.backward.total == both
+
+
+@pytest.mark.parametrize("overrides", [(), TP, PP, (SIGLIP, *PP), MOE, (*CONNECTOR, *PP), (*LORA, *PP)])
+def test_mmcore_chunks_are_the_whole_model(overrides: tuple[str, ...], repo: Path) -> None:
+    """Here nothing is computed twice, so that all chunks together are the method's count of a row."""
+    stage = mmcore(repo, *overrides)
+    footprints = footprints_of(stage)
+    row = footprints.typical_row(stage)
+    spread = Spread.of(stage.system, fused=True)
+    chunks = [footprints.chunk(stage, spread, place, row) for rank in places(stage) for place in rank]
+    total = sum(chunk.forward.total + chunk.backward.total for chunk in chunks)
+    assert total == pytest.approx(footprints.row_flops(stage, row), rel=1e-12)
 
 
 def test_expert_products_are_told_apart(repo: Path) -> None:

@@ -21,6 +21,8 @@ SHIPPED = {
     "configs/orion/qwen2_5_vl_7b.yaml": "sft",
     "configs/orion/qwen3_vl_30b_a3b.yaml": "sft",
     "configs/orion/decoder_flux.yaml": "decoder",
+    "configs/mmcore/qwen2_5_vl_7b.yaml": "vlm",
+    "configs/mmcore/qwen3_vl_30b_a3b.yaml": "vlm",
 }
 """Recipes for 64 x 8 H100, and the stage that their layout was chosen for: the longest and largest."""
 

@@ -35,7 +35,8 @@ from megatron_unimm.convert import verify
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample
 from megatron_unimm.data.features import finish_cache
 from megatron_unimm.errors import UserError
-from megatron_unimm.methods.orion.decoder.flops import mmdit_flops
+from megatron_unimm.methods.drawing.flops import mmdit_cost
+from megatron_unimm.methods.orion.decoder.flops import load_of
 from megatron_unimm.methods.orion.decoder.model import OrionDecoderModel
 from megatron_unimm.models.mmdit import modulation
 from megatron_unimm.models.mmdit.canvas import Canvas
@@ -433,4 +434,4 @@ def test_flops_equal_torch_counter(
     # The plain kernel is counted as the products that it consists of; the fused one on CPU is not counted at all.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         chunk.mmdit(batch.canvas.row, inputs, None).sum().backward()
-    assert counter.get_total_flops() == mmdit_flops(row, stage)
+    assert counter.get_total_flops() == mmdit_cost(load_of(row), stage, "connector")

@@ -117,6 +117,10 @@ class DrawingModel(StageModel):
         """The pooled condition ``[n, P]`` of each conditioning vector (first stage)."""
         raise NotImplementedError
 
+    def added(self, canvas: Canvas) -> Tensor | None:
+        """``[t_image, H]``, to be added to the tokens of patches (first stage); None for nothing."""
+        return None
+
     def forward(self, batch: DrawingBatch) -> Tensor:
         """The next stage's input, or on the last stage the sums of the loss terms, float32 ``[terms]``."""
         latents = self._latents(batch.pictures) if batch.pictures is not None else None  # [U, F]
@@ -167,6 +171,7 @@ class DrawingModel(StageModel):
             timestep=timestep,
             pooled=self.pooled(len(timestep)),
             guidance=guidance,
+            added=self.added(canvas),
         )
 
     # -- last stage

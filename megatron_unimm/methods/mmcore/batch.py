@@ -79,6 +79,20 @@ def build_batch(row: QueryRow, model: ModelConfig, vlm: QueryVlmConfig, role: Ro
     )
 
 
+def build_condition_batch(row: PackedRow, query_index: np.ndarray, model: ModelConfig, role: Role) -> MMCoreBatch:
+    """A row that the VLM only reads."""
+    local = local_tokens(row, role)
+    return MMCoreBatch(
+        input_ids=as_tensor(row.input_ids, role),
+        local_index=as_tensor(local, role) if role.context_size > 1 else None,
+        context=packed_context(row, local, model, role),
+        sight=Sight.of(row, model, role),
+        queries=_queries(row, query_index, local, role)[0],
+        words=None,
+        alignment=None,
+    )
+
+
 def _queries(row: PackedRow, query_index: np.ndarray, local: np.ndarray, role: Role) -> tuple[Queries, np.ndarray]:
     """And which of the Q this rank has, int64 ``[q]``."""
     places, mine = local_places(query_index, local, row.num_tokens)

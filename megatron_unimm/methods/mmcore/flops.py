@@ -8,7 +8,35 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow, QuerySample
 from megatron_unimm.data.sample import IGNORED_LABEL
 from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, logits_work, siglip_work, vision_work
-from megatron_unimm.models.trainable import is_frozen
+from megatron_unimm.models.lora_shapes import adapted_linears
+from megatron_unimm.models.trainable import is_frozen, matching_rule
+
+ADAPTER_MARK = "lora_"
+"""In patterns over adapters' names, which tell rules for them from rules for the weights."""
+
+
+def backbone_trains(stage: StageConfig) -> bool:
+    """Whether its own weights do; adapters are others."""
+    return not is_frozen("backbone", [rule for rule in stage.train.trainable if ADAPTER_MARK not in rule.pattern])
+
+
+def adapters_train(stage: StageConfig) -> bool:
+    """Whether there are any, and they do."""
+    assert stage.queries is not None
+    rule = matching_rule(f"backbone.{ADAPTER_MARK}a.weight", stage.train.trainable)
+    return stage.queries.lora is not None and rule is not None and rule.train
+
+
+def has_gradient(stage: StageConfig) -> bool:
+    """Whether a gradient passes through the decoder's layers, because something in them or before them trains."""
+    return not all(is_frozen(part, stage.train.trainable) for part in ("vision_encoder", "query_tokens", "backbone"))
+
+
+def adapters_work(stage: StageConfig, layers: range, num_tokens: int) -> Work:
+    """Low-rank adapters of decoder layers (zero-based): 2 T r (inputs + outputs) of each linear that has one."""
+    assert stage.queries is not None
+    linears = [each for n in layers for each in adapted_linears(stage.model.backbone, stage.queries.lora, n)]
+    return Work(float(sum(2 * num_tokens * each.rank * (each.inputs + each.outputs) for each in linears)))
 
 
 def connector_works(vlm: QueryVlmConfig, model: ModelConfig, num_pictures: int) -> tuple[Work, list[Work]]:
@@ -31,12 +59,11 @@ def row_flops(row: QueryRow, stage: StageConfig) -> float:
     (forward) on the pictures to be drawn."""
     assert stage.queries is not None
     rules, vlm, model = stage.train.trainable, stage.queries, stage.model
-    trains = not is_frozen("backbone", rules)
-    passes = trains or not (is_frozen("vision_encoder", rules) and is_frozen("query_tokens", rules))
+    trains, passes = backbone_trains(stage), has_gradient(stage)
     decoder = decoder_work(model.backbone, row.num_tokens, causal_pairs(row.tokens.segment_bounds))
-    total = (
-        _tower_flops(row.tokens.grids, stage) + decoder.cost(trains, passes) + _teacher_flops(row.target_grids, stage)
-    )
+    total = _tower_flops(row.tokens.grids, stage) + _teacher_flops(row.target_grids, stage)
+    total += decoder.cost(trains, passes)
+    total += adapters_work(stage, range(model.backbone.num_layers), row.num_tokens).cost(adapters_train(stage), passes)
     num_text = int(np.count_nonzero(row.tokens.labels != IGNORED_LABEL))
     total += logits_work(model.backbone, num_text).cost(trains, passes)
     connector_trains = not is_frozen("query_connector", rules)
@@ -52,12 +79,13 @@ def row_flops(row: QueryRow, stage: StageConfig) -> float:
 def sample_flops(sample: QuerySample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, vision encoder and teacher on
     its images."""
-    rules = stage.train.trainable
-    trains = not is_frozen("backbone", rules)
-    passes = trains or not (is_frozen("vision_encoder", rules) and is_frozen("query_tokens", rules))
-    pairs = decoder_work(stage.model.backbone, 0, causal_pairs((0, len(sample)))).cost(trains, passes)
+    pairs = decoder_work(stage.model.backbone, 0, causal_pairs((0, len(sample))))
     grids = sample.layout.tokens.grids
-    return pairs + _tower_flops(grids, stage) + _teacher_flops(sample.target_grids, stage)
+    return (
+        pairs.cost(backbone_trains(stage), has_gradient(stage))
+        + _tower_flops(grids, stage)
+        + _teacher_flops(sample.target_grids, stage)
+    )
 
 
 def _tower_flops(grids: np.ndarray, stage: StageConfig) -> float:
@@ -68,14 +96,17 @@ def _tower_flops(grids: np.ndarray, stage: StageConfig) -> float:
     return embedding.cost(trains, passes_gradient=False) + rest.cost(trains, passes_gradient=trains)
 
 
-def _teacher_flops(grids: np.ndarray, stage: StageConfig) -> float:
-    if stage.data.feature_cache:
-        return 0.0
+def teacher_work(grids: np.ndarray, stage: StageConfig) -> Work:
+    """The frozen teacher on the pictures to be drawn."""
     assert stage.queries is not None
     teacher = stage.queries.teacher
     if isinstance(teacher, SiglipTeacher):
-        work = siglip_work(teacher.encoder, grids)
-    else:
-        embedding, rest = vision_work(stage.model.vision_encoder, grids)
-        work = embedding + rest
-    return work.cost(trains=False, passes_gradient=False)
+        return siglip_work(teacher.encoder, grids)
+    if stage.data.feature_cache:  # Computed beforehand.
+        return Work(0.0)
+    embedding, rest = vision_work(stage.model.vision_encoder, grids)
+    return embedding + rest
+
+
+def _teacher_flops(grids: np.ndarray, stage: StageConfig) -> float:
+    return teacher_work(grids, stage).cost(trains=False, passes_gradient=False)

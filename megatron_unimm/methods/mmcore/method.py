@@ -12,7 +12,8 @@ from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow, QuerySample, QueryWork
 from megatron_unimm.data.sample import IGNORED_LABEL
-from megatron_unimm.data.sizes import check_size
+from megatron_unimm.data.sizes import smallest_area
+from megatron_unimm.errors import ConfigError
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.mmcore.batch import MMCoreBatch, build_batch
 from megatron_unimm.methods.mmcore.flops import row_flops, sample_flops
@@ -62,15 +63,22 @@ class MMCore:
             parts["siglip"] = Path(self.vlm.teacher.checkpoint)
         return parts
 
+    def model_parts(self) -> dict[str, Path]:
+        return {}
+
     def work(self, data: DataSetup) -> QueryWork:
         """Conversations with queries.
 
         Raises:
-            ConfigError: a size that is no whole number of the teacher's patches.
+            ConfigError: pictures that are smaller than one of the teacher's patches.
         """
         teacher = self.vlm.teacher
-        if isinstance(teacher, SiglipTeacher):
-            check_size(teacher.size, teacher.encoder.patch_size, "queries.teacher.size")
+        if isinstance(teacher, SiglipTeacher) and not smallest_area(teacher.size, teacher.encoder.patch_size):
+            side = teacher.encoder.patch_size
+            raise ConfigError(
+                "queries.teacher.size",
+                f"makes pictures smaller than a patch, which is {side} x {side} pixels; raise it",
+            )
         return QueryWork(data.chat(), self.vlm, data.sources, data.features, alignment(self.stage))
 
     def row_flops(self, row: QueryRow) -> float:

@@ -8,6 +8,10 @@ Layout: as ``methods/vlm/model.py``.
 """
 
 import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
@@ -32,7 +36,7 @@ class MMCoreVlm(VlmModel):
         vision_encoder, query_tokens (first stage). backbone. query_connector: from hidden states to visual latents
             (last stage).
         base: the frozen teacher (last stage): ``base.siglip``, or ``base.vision_encoder``, unless the student's own
-            vision encoder is there and frozen, too.
+            vision encoder is there and is the base's.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class MMCoreVlm(VlmModel):
     ) -> None:
         super().__init__(stage, platform, groups, frozen, virtual_stage)
         self.vlm = vlm
+        self.has_own_teacher = self.pre_process and keeps_vision_encoder(stage, frozen)
         if vlm.lora is not None:
             self.lora_used = add_lora(self.backbone, vlm.lora, self.backend, groups.collection, stage.train.seed)
         # New weights come from the seed alone, not from what this rank drew before: the same at every layout.
@@ -55,17 +60,19 @@ class MMCoreVlm(VlmModel):
             self.query_tokens = QueryTokens(vlm.num_queries, self.config)
         if self.post_process:
             torch.manual_seed(stage.train.seed)
-            hidden, connector = stage.model.backbone.hidden_size, vlm.connector
+            hidden, layers, config = stage.model.backbone.hidden_size, vlm.connector.num_layers, self.config
+            if layers:
+                config = connector_transformer_config(hidden, layers, stage.system, platform)
             self.query_connector = QueryConnector(
-                connector,
+                vlm.connector,
                 vlm.num_queries,
                 vlm.latent_size(stage.model),
-                connector_transformer_config(hidden, connector.num_layers, stage.system, platform),
+                config,
                 self.backend,
                 groups.alone(),
                 groups.collection.cp,
             )
-        if with_teacher and self.post_process and not stage.data.feature_cache:
+        if with_teacher and self.post_process:
             self._add_teacher()
         self.freeze_base()
 
@@ -74,7 +81,7 @@ class MMCoreVlm(VlmModel):
         if isinstance(teacher, SiglipTeacher):
             config = vision_transformer_config(teacher.encoder, self.stage.system, self.platform)
             self.base.siglip = SiglipVisionEncoder(teacher.encoder, config, self.backend, self.groups.alone())
-        elif not (self.pre_process and self.frozen.vision_encoder):
+        elif not self.stage.data.feature_cache and not self.has_own_teacher:
             self.base.vision_encoder = self.new_tower()
 
     def base_prefix(self, part: str) -> str:
@@ -136,5 +143,31 @@ class MMCoreVlm(VlmModel):
     def _teacher(self, images: VisionInput | SiglipInput) -> Tensor:
         if isinstance(images, SiglipInput):
             return self.base.siglip(images)
-        has_own = self.pre_process and self.frozen.vision_encoder
-        return self.vision_encoder(images) if has_own else self.base.vision_encoder(images)
+        return self.vision_encoder(images) if self.has_own_teacher else self.base.vision_encoder(images)
+
+    # -- beside a diffusion transformer, whole on one stage
+
+    def condition(self, batch: MMCoreBatch) -> tuple[Tensor, Tensor]:
+        """What the VLM says of a row: the last hidden states ``[T, H]``, and visual latents ``[Q, D]``, both whole on
+        every rank."""
+        hidden = self.student(self._enter(batch), batch.context)  # [t, 1, H]
+        hidden = self.backbone.gather(hidden)[:, 0]  # [T / context, H]
+        latents = self.visual_latents(hidden, batch.queries)  # [q, D]
+        if batch.local_index is not None:
+            hidden = self._whole(hidden, batch.local_index, len(batch.input_ids))
+            latents = self._whole(latents, batch.queries.rows, len(batch.queries.index))
+        return hidden, latents
+
+    def _whole(self, rows_tF: Tensor, index: Tensor, size: int) -> Tensor:
+        """The rows of all context ranks, each at its place."""
+        group = self.groups.collection.cp
+        whole = rows_tF.new_zeros(size, rows_tF.shape[1]).index_copy(0, index, rows_tF)
+        return copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(whole, group=group), group=group
+        )
+
+
+def keeps_vision_encoder(stage: StageConfig, frozen: FrozenParts) -> bool:
+    """Whether the student's vision encoder is the base's, and remains so: stages before this one may have changed
+    it."""
+    return frozen.vision_encoder and stage.after is None

@@ -63,6 +63,9 @@ class Orion:
         base = Path(self.stage.base_checkpoint)
         return {"backbone": base, "vision_encoder": base}
 
+    def model_parts(self) -> dict[str, Path]:
+        return {}
+
     def work(self, data: DataSetup) -> ConversationWork:
         """Conversations as tokens."""
         return ConversationWork(

@@ -54,6 +54,8 @@ class MMDiTInput:
     """``[n, pooled size]``."""
     guidance: Tensor | None = None
     """float32 ``[n]``: guidance scale, for models that were distilled with it."""
+    added: Tensor | None = None
+    """``[t_image, H]``: added to the tokens of patches."""
 
 
 class MMDiT(MegatronModule):
@@ -118,6 +120,8 @@ class MMDiT(MegatronModule):
         """Both streams ``[s, 1, H]``, and the conditioning vectors ``[n, H]``."""
         text = self.condition_embedder(inputs.condition)[:, None]  # [t_text, 1, H]
         image = self.latent_embedder(inputs.patches, inputs.position_index)[:, None]  # [t_image, 1, H]
+        if inputs.added is not None:
+            image = image + inputs.added[:, None]
         vectors = self.conditioning_vector(inputs.timestep, inputs.pooled, inputs.guidance)  # [n, H]
         return torch.cat([self._scatter(text), self._scatter(image)]), vectors
 

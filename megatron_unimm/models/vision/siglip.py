@@ -45,7 +45,6 @@ class SiglipInput:
         segments = {"full": Segments.build(bounds, causal=False, device=parts[0].device)}
         return cls(torch.cat(parts), tuple(grids), PackedContext(segments=segments))
 
-
     @classmethod
     def from_patches(
         cls, patches: np.ndarray, sizes: Sequence[tuple[int, int]], device: torch.device, dtype: torch.dtype

@@ -2,51 +2,26 @@
 
 Counted are all products of the diffusion transformer and of the frozen vision encoder. Left out are the VAE, whose
 convolutions are no matrix products, and the connector, two layers on the condition's tokens.
-
-Legend  T tokens of the row (padding included), T_image of its image stream, T_text of its text stream, n pictures, H
-hidden size, C width of the condition, P of the pooled one, F values of a patch of latents.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_unimm.config.mmdit import FluxConfig, MMDiT
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample
-from megatron_unimm.models.flops import Work, vision_work
-from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
-from megatron_unimm.models.trainable import is_frozen
-
-
-@dataclass(frozen=True)
-class MMDiTLoad:
-    """What a row, or a part of one, asks of the diffusion transformer."""
-
-    num_text: int
-    num_image: int
-    num_pictures: int
-    joint_pairs: float
-    """(query, key) pairs of the joint attention: Σ (V + U)² over pictures."""
-    image_pairs: float
-    """Of the image's attention to itself: Σ U²."""
+from megatron_unimm.methods.drawing.flops import MMDiTLoad, mmdit_cost
+from megatron_unimm.models.flops import vision_work
 
 
 def row_flops(row: DrawingRow, stage: StageConfig) -> float:
     """Model FLOPs of one row, forward and backward, over all ranks that share it."""
-    return mmdit_flops(row, stage) + _tower(row.grids, stage)
+    return mmdit_cost(load_of(row), stage, "connector") + _tower(row.grids, stage)
 
 
 def sample_flops(sample: DrawingSample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vector, the
     vision encoder."""
     load = MMDiTLoad(0, 0, 1, float(len(sample) ** 2), float(sample.num_picture**2))
-    return _mmdit_cost(load, stage) + _tower(sample.grids, stage)
-
-
-def mmdit_flops(row: DrawingRow, stage: StageConfig) -> float:
-    """The diffusion transformer's part of :func:`row_flops`."""
-    return _mmdit_cost(load_of(row), stage)
+    return mmdit_cost(load, stage, "connector") + _tower(sample.grids, stage)
 
 
 def load_of(row: DrawingRow) -> MMDiTLoad:
@@ -55,68 +30,6 @@ def load_of(row: DrawingRow) -> MMDiTLoad:
     joint_pairs = float(((row.num_condition + tokens) ** 2).sum())
     num_image = row.num_tokens - row.num_text
     return MMDiTLoad(row.num_text, num_image, len(tokens), joint_pairs, float((tokens**2).sum()))
-
-
-def _mmdit_cost(load: MMDiTLoad, stage: StageConfig) -> float:
-    """Embeddings, each by what can train before it, and all that follows them.
-
-    Patches 2 T_image F H; condition 2 T_text C H; per picture the timestep's vector 2 · 256 H + 2 H² (the guidance
-    scale's again), and the pooled condition's 2 P H + 2 H².
-    """
-    assert stage.generator is not None
-    mmdit, rules = stage.generator.mmdit, stage.train.trainable
-    trains, connector_trains = not is_frozen("mmdit", rules), not is_frozen("connector", rules)
-    entry = sum(work.cost(*gradient) for work, gradient in entry_works(mmdit, load, trains, connector_trains))
-    return entry + mmdit_work(mmdit, load).cost(trains, trains or connector_trains)
-
-
-def entry_works(
-    mmdit: MMDiT, load: MMDiTLoad, trains: bool, connector_trains: bool
-) -> list[tuple[Work, tuple[bool, bool]]]:
-    """What enters the blocks, each part with (its weights train, a gradient passes through)."""
-    hidden, count = mmdit.hidden_size, float(load.num_pictures)
-    sinusoids = count * (1 + mmdit.guidance)
-    data = Work(2 * hidden * (load.num_image * float(mmdit.patch_dim) + sinusoids * 2 * NUM_FREQUENCIES))
-    condition = Work(2 * hidden * (load.num_text * float(mmdit.condition_size) + count * mmdit.pooled_size))
-    behind_data, behind_condition = Work(2 * sinusoids * hidden**2), Work(2 * count * hidden**2)
-    return [
-        (data, (trains, False)),
-        (behind_data, (trains, trains)),
-        (condition, (trains, connector_trains)),
-        (behind_condition, (trains, trains or connector_trains)),
-    ]
-
-
-def mmdit_work(mmdit: MMDiT, load: MMDiTLoad) -> Work:
-    """The blocks and the end: 2 · 2 H² per picture and 2 T_image H F."""
-    return blocks_work(mmdit, load, range(mmdit.num_blocks)) + end_work(mmdit, load)
-
-
-def blocks_work(mmdit: MMDiT, load: MMDiTLoad, layers: range) -> Work:
-    """Blocks ``layers`` (zero-based).
-
-    Joint block: per token QKV 2 · 3 H², output 2 H², MLP 2 · 8 H²; attention 4 pairs H; per picture and stream a
-    modulation 2 · 6 H². SD3's last block takes only QKV from the text, whose modulation is 2 · 2 H². A second attention
-    has QKV, output and pairs of the image alone, and adds 2 · 3 H² to its modulation. Single block: per token the same
-    2 · 12 H², and per picture 2 · 3 H².
-    """
-    square, hidden, count = 2.0 * mmdit.hidden_size**2, mmdit.hidden_size, load.num_pictures
-    block = Work(12 * square * (load.num_text + load.num_image), 4 * load.joint_pairs * hidden)
-    joint = block + Work(12 * square * count)
-    if isinstance(mmdit, FluxConfig):
-        single = block + Work(3 * square * count)
-        num_joint = len([number for number in layers if number < mmdit.num_layers])
-        return joint.times(num_joint) + single.times(len(layers) - num_joint)
-    second = Work(square * (4 * load.num_image + 3 * count), 4 * load.image_pairs * hidden)
-    last_text = Work(-square * (9 * load.num_text + 4 * count))
-    num_second = len([number for number in layers if number in mmdit.dual_attention_layers])
-    return joint.times(len(layers)) + second.times(num_second) + last_text.times(int(mmdit.num_layers - 1 in layers))
-
-
-def end_work(mmdit: MMDiT, load: MMDiTLoad) -> Work:
-    """The last modulation, and the way to patches."""
-    hidden = mmdit.hidden_size
-    return Work(4.0 * hidden**2 * load.num_pictures + 2.0 * load.num_image * hidden * mmdit.patch_dim)
 
 
 def _tower(grids: np.ndarray, stage: StageConfig) -> float:

@@ -7,9 +7,10 @@ from megatron_unimm.config.methods import OrionDecoderConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.drawing import DrawingRow
 from megatron_unimm.data.typical import LARGE_PHOTO, PHOTO, drawing_row, shares
+from megatron_unimm.methods.drawing.flops import blocks_work, end_work, entry_works
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace, Flops, Traffic, exchanged
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.orion.decoder.flops import blocks_work, end_work, entry_works, load_of, row_flops
+from megatron_unimm.methods.orion.decoder.flops import load_of, row_flops
 from megatron_unimm.methods.orion.decoder.method import drawing_work, num_vectors, travelling_rows
 from megatron_unimm.models.flops import Work, vision_work
 from megatron_unimm.models.memory import (

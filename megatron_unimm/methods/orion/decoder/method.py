@@ -50,6 +50,9 @@ class OrionDecoder:
     def build(self, virtual_stage: int, with_base: bool = True) -> OrionDecoderModel:
         return OrionDecoderModel(self.stage, self.platform, self.groups, virtual_stage)
 
+    def model_parts(self) -> dict[str, Path]:
+        return {}
+
     def work(self, data: DataSetup) -> DrawingWork:
         """Pictures with conditions.
 

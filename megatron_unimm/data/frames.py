@@ -1,0 +1,369 @@
+"""Conversations as frames to be drawn one after another, each from its words, its visual latents and the pictures
+before (MMCORE, arXiv 2604.19902, section 3.2): what a diffusion transformer with a VLM beside it learns from.
+
+Every picture up to the last that the assistant draws is a frame. One that is drawn is there noisy, with its condition;
+one that a later frame looks back at is there clean (``models/mmdit/visibility.py``). Drawn for a given picture (0), a
+drawing (1) and its edit (2), with conditions c:
+
+    text stream   [ c1 … c1 | c2 … c2 | . ]
+    image stream  [ clean 0 | noisy 1 | clean 1 | noisy 2 | . ]
+
+The VLM reads the same conversation in a row of its own, from which the conditions come.
+
+Everything random about a frame, its timestep, its noise, and what is left out of its condition, comes from the seed and
+the draw alone, so that it is the same whichever rank reads it; how often something is left out goes by the step.
+
+Legend  n frames of the row, counting those twice that are there twice; F pictures to be drawn, Q = F N queries, V words
+        of the condition, U image tokens, U' of pictures (each once), L tokens of the VLM.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_unimm.config.data import DataConfig, SampleKind
+from megatron_unimm.config.methods import DropoutSchedule
+from megatron_unimm.config.mmdit import ImageGeneratorConfig
+from megatron_unimm.config.queries import QueryVlmConfig
+from megatron_unimm.data import images
+from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.decode.interface import Decoder, ImageRequest
+from megatron_unimm.data.drawing import joined, joined_store, picture_noise
+from megatron_unimm.data.faults import SampleError
+from megatron_unimm.data.features import FeatureStore
+from megatron_unimm.data.fetch import fetch_images
+from megatron_unimm.data.images import SiglipFormat
+from megatron_unimm.data.mix import Draw, draw_key
+from megatron_unimm.data.packing import round_up
+from megatron_unimm.data.plan import BadSample, Laid
+from megatron_unimm.data.queries import QueryTokens, packed_index, packed_tokens, query_tokens, read_requests
+from megatron_unimm.data.sample import PackedRow, Sample, Turn
+from megatron_unimm.data.sources.source import Source
+from megatron_unimm.data.workers import laid_out, void
+from megatron_unimm.models.mmdit.frames import Frames
+
+
+@dataclass(frozen=True)
+class FrameSample:
+    """A conversation up to its last drawing."""
+
+    id: str
+    kind: SampleKind
+    layout: QueryTokens
+    image_index: tuple[int, ...]
+    """Of the sample's images: its frames."""
+    sizes: np.ndarray
+    """int64 [frames, 2]: rows and columns of patches of latents."""
+    is_drawn: np.ndarray
+    """bool [frames]."""
+    uniform: np.ndarray
+    """float64 [frames] in (0, 1): become timesteps by the stage's distribution."""
+    text_uniform: np.ndarray
+    """float64 [frames] in [0, 1): words are left out below the rate."""
+    visual_uniform: np.ndarray
+    """The same for visual latents."""
+    noise_seed: int
+    """Of frame i: noise_seed + i."""
+    num_queries: int
+    learned: bool = True
+    """False where an image is broken."""
+    pixels: np.ndarray | None = None
+    """float32 [U', 3 · side²] in [-1, 1]: the pixels of each image token (channel, row, column)."""
+    latents: np.ndarray | None = None
+    """[U', latent patch], computed beforehand, in place of pixels."""
+
+    @property
+    def entries(self) -> list[tuple[int, bool]]:
+        """Frames as they lie in the image stream, and whether clean."""
+        last = len(self.sizes) - 1
+        drawn = [(number, False) for number in range(last + 1) if self.is_drawn[number]]
+        return sorted(drawn + [(number, True) for number in range(last)])
+
+    @property
+    def num_words(self) -> np.ndarray:
+        """int64 [frames]: words of each frame's condition."""
+        counts = np.zeros(len(self.sizes), dtype=np.int64)
+        counts[self.is_drawn] = [len(index) for index in self.layout.text_index]
+        return counts
+
+    @property
+    def num_condition(self) -> np.ndarray:
+        """int64 [frames]: words and visual latents."""
+        return self.num_words + self.num_queries * self.is_drawn
+
+    def __len__(self) -> int:
+        image = sum(int(self.sizes[number].prod()) for number, _ in self.entries)
+        return image + int(self.num_condition.sum())
+
+
+@dataclass(frozen=True)
+class FrameRow:
+    """Conversations in a row of fixed length, one micro-batch."""
+
+    num_text: int
+    """Tokens of the text stream, padding included."""
+    num_tokens: int
+    """Of both streams."""
+    frames: Frames
+    uniform: np.ndarray
+    """float64 [n]."""
+    learned: np.ndarray
+    """bool [n]: noisy ones of whole samples."""
+    pictures: np.ndarray
+    """int64 [pictures, 2]: rows and columns of patches of each picture."""
+    token_of: np.ndarray
+    """int64 [U]: which of the U' each image token is."""
+    noise: np.ndarray
+    """float32 [U, latent patch], zeros where clean; empty on ranks that read no pictures, as are the next two."""
+    pixels: np.ndarray
+    latents: np.ndarray | None
+    conversation: PackedRow
+    """What the VLM reads."""
+    query_index: np.ndarray
+    """int64 [Q]: in it."""
+    word_index: np.ndarray
+    """int64 [V]: in it."""
+    condition_order: np.ndarray
+    """int64 [V + Q]: of the text stream, places among the words, then the visual latents."""
+    text_kept: np.ndarray
+    """bool [V]."""
+    visual_kept: np.ndarray
+    """bool [Q]."""
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens that belong to no sample."""
+        return self.num_tokens - int(self.frames.num_condition.sum()) - int(self.frames.counts.sum())
+
+    @property
+    def num_images(self) -> int:
+        """Pictures drawn."""
+        return int((~self.frames.is_clean).sum())
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        return self.conversation.sample_ids
+
+    @property
+    def kinds(self) -> tuple[SampleKind, ...]:
+        return self.conversation.kinds
+
+
+@dataclass(frozen=True)
+class FrameWork:
+    """Samples to frames; see ``data/workers.py``.
+
+    Args:
+        stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
+        vlm_alignment, vlm_multiple: each sample of the VLM's row, and all of it, take up a multiple of so many tokens.
+    """
+
+    generator: ImageGeneratorConfig
+    chat: ChatFormat
+    vlm: QueryVlmConfig
+    sources: Mapping[str, Source]
+    seed: int
+    text_dropout: DropoutSchedule
+    visual_dropout: DropoutSchedule
+    max_frames: int
+    stream_multiple: int = 1
+    vlm_alignment: int = 1
+    vlm_multiple: int = 1
+    latents: FeatureStore | None = None
+    """Of pictures, computed beforehand."""
+
+    @property
+    def data(self) -> DataConfig:
+        return self.chat.data
+
+    @property
+    def room(self) -> int:
+        """A row without what rounding up the text stream may cost."""
+        return self.data.sequence_length - (self.stream_multiple - 1)
+
+    @property
+    def pixel_format(self) -> SiglipFormat:
+        """Pixels of image tokens, in [-1, 1] as VAEs read them."""
+        return SiglipFormat(self.generator.token_pixels)
+
+    # -- what a sample holds
+
+    def lay_out(self, draw: Draw) -> Laid | BadSample:
+        """Read a sample's text and the headers of its images."""
+        return laid_out(self.sources, draw, lambda sample: self._layout(sample, draw))
+
+    def _layout(self, sample: Sample, draw: Draw) -> FrameSample:
+        turns = _up_to_last_drawing(sample.turns)
+        if not turns:
+            raise SampleError(sample.id, "has no image of the assistant, nothing to draw", "nothing to draw")
+        sizes = [images.image_size(file, self.data.max_image_pixels) for file in sample.images]
+        layout = query_tokens(sample.id, sample.kind, turns, sizes, self.chat, self.vlm.num_queries)
+        found = self.frames_of(layout, turns, sizes, draw_key(self.seed, draw))
+        if len(found) > self.room:
+            row = self.data.sequence_length
+            what = f"{len(found)} tokens, but data.sequence_length {row} has room for {self.room}"
+            raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
+        if len(found.sizes) > self.max_frames:
+            what = f"{len(found.sizes)} pictures, but method.max_frames is {self.max_frames}; raise it"
+            raise SampleError(sample.id, what, "too many pictures")
+        return found
+
+    def frames_of(
+        self, layout: QueryTokens, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], key: int
+    ) -> FrameSample:
+        """The frames of a conversation whose last picture is to be drawn.
+
+        Args:
+            sizes: width and height in pixels of its images.
+            key: 128 bits for what is random about it.
+        """
+        shown = [(part, turn.role == "assistant") for turn in turns for part in turn.parts if isinstance(part, int)]
+        side, rule = self.generator.token_pixels, self.data.drawing_size
+        assert rule is not None
+        cut = [images.target_size(*sizes[index], rule, side) for index, _ in shown]
+        numbers = np.random.Generator(np.random.Philox(key=key))
+        count = len(shown)
+        return FrameSample(
+            id=layout.tokens.id,
+            kind=layout.tokens.kind,
+            layout=layout,
+            image_index=tuple(index for index, _ in shown),
+            sizes=np.array([(height // side, width // side) for width, height in cut], dtype=np.int64),
+            is_drawn=np.array([drawn for _, drawn in shown], dtype=bool),
+            # Not 0, where no noise would be left and some distributions have no value.
+            uniform=numbers.uniform(1e-7, 1 - 1e-7, count),
+            text_uniform=numbers.random(count),
+            visual_uniform=numbers.random(count),
+            noise_seed=int(numbers.integers(1 << 62)),
+            num_queries=self.vlm.num_queries,
+        )
+
+    # -- what its images hold
+
+    def picture_requests(self, laid: Laid) -> list[ImageRequest]:
+        """The frames at the size at which they are drawn."""
+        side, size = self.generator.token_pixels, self.data.drawing_size
+        assert size is not None
+        return [
+            ImageRequest(laid.sample.images[index], int(columns) * side, int(rows) * side, size.crop, size.filter)
+            for index, (rows, columns) in zip(laid.layout.image_index, laid.layout.sizes, strict=True)
+        ]
+
+    def load(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[FrameSample, list[BadSample]]]:
+        """Decode images, or look up what was computed of them; nothing is learned from a sample with a broken one."""
+        asked = [self.picture_requests(each) for each in laid]
+        pictures = fetch_images(asked, laid, self.latents, decoder, self.pixel_format)
+        seen = [read_requests(each.layout.layout, each, self.chat) for each in laid]
+        patches = fetch_images(seen, laid, None, decoder, self.chat.encoder)
+        done = []
+        for each, picture, read in zip(laid, pictures, patches, strict=True):
+            broken, sample = [*picture.broken, *read.broken], each.layout
+            tokens = replace(void(sample.layout.tokens), patches=read.values)
+            field = "pixels" if self.latents is None else "latents"
+            loaded = {"layout": replace(sample.layout, tokens=tokens), "learned": not broken, field: picture.values}
+            done.append((replace(sample, **loaded), broken))
+        return done
+
+    # -- rows
+
+    def row(self, samples: Sequence[FrameSample], step: int = 0) -> FrameRow:
+        """Conditions in front, pictures behind, each stream filled up with padding."""
+        places = [(place, number, clean) for place, sample in enumerate(samples) for number, clean in sample.entries]
+        frames = _frames(samples, places)
+        drawn = [(place, number) for place, number, clean in places if not clean]
+        num_words = np.array([samples[place].num_words[number] for place, number in drawn], dtype=np.int64)
+        layouts = [sample.layout for sample in samples]
+        length = sum(round_up(len(layout), self.vlm_alignment) for layout in layouts)
+        length = round_up(max(1, length), self.vlm_multiple)
+        return FrameRow(
+            num_text=round_up(int(frames.num_condition.sum()), self.stream_multiple),
+            num_tokens=self.data.sequence_length,
+            frames=frames,
+            uniform=np.array([samples[place].uniform[number] for place, number, _ in places], dtype=np.float64),
+            learned=np.array([samples[place].learned and not clean for place, _, clean in places], dtype=bool),
+            pictures=np.concatenate([np.zeros((0, 2), dtype=np.int64), *(sample.sizes for sample in samples)]),
+            token_of=_token_of(samples, places),
+            noise=self._noise(samples, places),
+            pixels=joined([sample.pixels for sample in samples], images.patch_dim(self.pixel_format)),
+            latents=joined_store([sample.latents for sample in samples], self.latents),
+            conversation=packed_tokens(layouts, self.chat, length, self.vlm_alignment),
+            query_index=packed_index(layouts, self.vlm_alignment),
+            word_index=_word_index(layouts, self.vlm_alignment),
+            condition_order=_condition_order(num_words, self.vlm.num_queries),
+            text_kept=np.repeat(self._kept(samples, drawn, "text", step), num_words),
+            visual_kept=np.repeat(self._kept(samples, drawn, "visual", step), self.vlm.num_queries),
+        )
+
+    def _kept(
+        self, samples: Sequence[FrameSample], drawn: Sequence[tuple[int, int]], pathway: str, step: int
+    ) -> np.ndarray:
+        """Of each picture to be drawn, whether a pathway is there: bool [F]."""
+        rates = {"text": self.text_dropout, "visual": self.visual_dropout}
+        rate = rates[pathway].at(step)
+        numbers = [
+            (samples[place].text_uniform if pathway == "text" else samples[place].visual_uniform)[number]
+            for place, number in drawn
+        ]
+        return np.array(numbers, dtype=np.float64) >= rate
+
+    def _noise(self, samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> np.ndarray:
+        width = self.generator.mmdit.patch_dim
+        parts = [np.zeros((0, width), dtype=np.float32)]
+        for place, number, clean in places:
+            sample = samples[place]
+            if sample.pixels is None and sample.latents is None:
+                continue  # a rank that reads no pictures
+            count = int(sample.sizes[number].prod())
+            seed = sample.noise_seed + number
+            parts.append(np.zeros((count, width), np.float32) if clean else picture_noise(seed, count, width))
+        return np.concatenate(parts)
+
+
+def _up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns up to the last picture of the assistant, which they end with; none without one."""
+    kept: list[Turn] = []
+    for place, turn in enumerate(turns):
+        drawings = [number for number, part in enumerate(turn.parts) if isinstance(part, int)]
+        if turn.role == "assistant" and drawings:
+            kept = [*turns[:place], replace(turn, parts=turn.parts[: drawings[-1] + 1])]
+    return kept
+
+
+def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> Frames:
+    count = len(places)
+    conditions = [0 if clean else int(samples[place].num_condition[number]) for place, number, clean in places]
+    return Frames(
+        sizes=np.array([samples[place].sizes[number] for place, number, _ in places], dtype=np.int64).reshape(count, 2),
+        num_condition=np.array(conditions, dtype=np.int64),
+        sample=np.array([place for place, _, _ in places], dtype=np.int64),
+        number=np.array([number for _, number, _ in places], dtype=np.int64),
+        is_clean=np.array([clean for _, _, clean in places], dtype=bool),
+    )
+
+
+def _token_of(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> np.ndarray:
+    """Of each image token of the row, its place among those of all pictures: int64 [U]."""
+    counts = [sample.sizes.prod(axis=1) for sample in samples]
+    starts = np.cumsum([0, *(int(count.sum()) for count in counts)])
+    parts = [np.zeros(0, dtype=np.int64)]
+    for place, number, _ in places:
+        first = int(starts[place] + counts[place][:number].sum())
+        parts.append(np.arange(first, first + int(counts[place][number])))
+    return np.concatenate(parts)
+
+
+def _word_index(layouts: Sequence[QueryTokens], alignment: int) -> np.ndarray:
+    starts = np.cumsum([0, *(round_up(len(layout), alignment) for layout in layouts)])
+    shifted = [index + start for layout, start in zip(layouts, starts, strict=False) for index in layout.text_index]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *shifted])
+
+
+def _condition_order(num_words: np.ndarray, num_queries: int) -> np.ndarray:
+    """Frame by frame its words, then its visual latents: int64 [V + Q]."""
+    total, starts = int(num_words.sum()), np.cumsum([0, *num_words])
+    parts = [np.zeros(0, dtype=np.int64)]
+    for frame, count in enumerate(num_words):
+        parts.append(np.arange(starts[frame], starts[frame] + count))
+        parts.append(total + frame * num_queries + np.arange(num_queries))
+    return np.concatenate(parts)

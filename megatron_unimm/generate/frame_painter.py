@@ -1,0 +1,415 @@
+"""Draws the frames of conversations with MMCORE: a picture from its words, its visual latents and the pictures before.
+
+Legend  n pictures, each the last frame of its conversation; U image tokens of a row, u of one picture, F values of a
+        patch of latents, V words and Q visual latents of all pictures, C width of the condition, k conditions that a
+        guided velocity is made of.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_unimm.checkpoint.folder import HF_FOLDER, LANGUAGE_MODEL
+from megatron_unimm.checkpoint.manifest import read_meta
+from megatron_unimm.config.flow import SamplerConfig
+from megatron_unimm.config.layout import check_layout, stream_multiple
+from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.queries import VisionEncoderTeacher
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data import images
+from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
+from megatron_unimm.data.frames import FrameSample, FrameWork
+from megatron_unimm.data.packing import round_up
+from megatron_unimm.data.queries import query_tokens
+from megatron_unimm.data.sample import Turn
+from megatron_unimm.errors import CheckpointError
+from megatron_unimm.flow.guidance import classifier_free, guided_at, renormalised, two_condition
+from megatron_unimm.flow.solvers import solve
+from megatron_unimm.flow.timesteps import timestep_grid
+from megatron_unimm.generate.checkpoint import drawing_stage
+from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
+from megatron_unimm.generate.staged import decoding_mode
+from megatron_unimm.methods.interface import DataSetup
+from megatron_unimm.methods.mmcore.batch import build_condition_batch
+from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, frame_work
+from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel
+from megatron_unimm.models.mmdit.canvas import Canvas
+from megatron_unimm.models.mmdit.frames import Frames
+from megatron_unimm.models.queries import pooled_to_grid
+from megatron_unimm.models.transformer_config import DTYPES
+from megatron_unimm.models.vae import encode, to_patches
+from megatron_unimm.models.vision import VisionInput, VisionTower
+from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.platform import Platform
+from megatron_unimm.train.state import load_average, load_base
+
+DRAWING = "drawing"
+"""Id of the samples that are made here."""
+
+
+@dataclass(frozen=True)
+class FrameRequest:
+    """A picture to be drawn as the assistant's answer to a conversation."""
+
+    turns: tuple[Turn, ...]
+    """Their integer parts count into ``pictures``."""
+    pictures: tuple[np.ndarray, ...]
+    """uint8 (H, W, 3)."""
+    size: tuple[int, int]
+    """Width and height in pixels that the new picture's shape goes by."""
+    number: int = 0
+    """With the seed, fixes the noise."""
+    latents: Tensor | None = None
+    """``[N, D]``: visual latents in place of what the VLM says; then the words are left out."""
+
+
+@dataclass(frozen=True)
+class Drawable:
+    """A request, laid out."""
+
+    sample: FrameSample
+    request: FrameRequest
+
+    @property
+    def tokens(self) -> int:
+        """u."""
+        return int(self.sample.sizes[-1].prod())
+
+
+class FramePainter(BasePainter):
+    """Every method is called on all ranks of a layout with the same arguments.
+
+    Args:
+        chunks: this rank's chunks, in the order in which hidden states pass them.
+        work: how conversations become frames, without any source.
+        has_teacher: the base model's vision encoder is among the first stage's frozen companions.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[MMCoreDiffusionModel],
+        stage: StageConfig,
+        groups: ParallelGroups,
+        platform: Platform,
+        work: FrameWork,
+        *,
+        origin: str,
+        has_teacher: bool = False,
+    ) -> None:
+        super().__init__(chunks, stage, groups, platform, origin=origin)
+        assert isinstance(stage.method, MMCoreDiffusionConfig)
+        self.config = stage.method
+        self.chunks = chunks
+        self.work = work
+        self.first = chunks[0] if chunks[0].pre_process else None
+        """The chunk with the VLM and the pathways, on the ranks of the first stage."""
+        self.has_teacher = has_teacher
+
+    @classmethod
+    def load(
+        cls, directory: Path, groups: ParallelGroups, platform: Platform, dtype: Literal["float32"] | None
+    ) -> "FramePainter":
+        """Build a checkpoint's model at the layout of ``groups``, with the running average of its weights where there
+        is one.
+
+        Args:
+            dtype: None for the checkpoint's own.
+
+        Raises:
+            CheckpointError: it is not of MMCORE's diffusion transformer, or damaged.
+            ConfigError: a layout that the model cannot have.
+        """
+        meta = read_meta(directory)
+        if "pathways" not in meta or "config" not in meta:
+            raise CheckpointError(str(directory), "holds no diffusion transformer of MMCORE")
+        stage = drawing_stage(meta, groups.config, groups.world_size, dtype)
+        check_layout(stage, groups.world_size)
+        tokenizer = ChatTokenizer(stage.data.tokenizer or directory / HF_FOLDER / LANGUAGE_MODEL, stage.model)
+        chat = ChatFormat(tokenizer, stage.model.vision_encoder, stage.data)
+        assert stage.queries is not None
+        method = MMCoreDiffusion(stage, platform, groups)
+        kind = DTYPES[stage.system.precision.dtype]
+        chunks = [method.build(number) for number in range(groups.config.virtual_pipeline)]
+        base_dir = Path(stage.base_checkpoint)
+        is_teacher = isinstance(stage.queries.teacher, VisionEncoderTeacher)
+        has_teacher = is_teacher and bool(stage.base_checkpoint) and base_dir.is_dir()
+        if has_teacher and chunks[0].pre_process:
+            chunks[0].base.vision_encoder = chunks[0].vlm.new_tower()
+        chunks = [chunk.to(platform.device, kind) for chunk in chunks]
+        load_average(chunks, directory, groups)
+        if has_teacher:
+            load_base(chunks, {"vision_encoder": base_dir}, groups)
+        work = frame_work(stage, DataSetup({}, lambda: chat))
+        return cls(chunks, stage, groups, platform, work, origin=str(directory), has_teacher=has_teacher)
+
+    def paint(
+        self, requests: Sequence[FrameRequest], sampler: SamplerConfig | None = None, seed: int = 0
+    ) -> list[np.ndarray]:
+        """Pictures uint8 (H, W, 3) in the order of the requests, on every rank. They depend on seed and numbers, and
+        not on which requests share a batch.
+
+        Args:
+            sampler: None for the recipe's.
+        """
+        sampler = sampler or self.config.sampler
+        drawables = [self.lay_out(request) for request in requests]
+        done: dict[int, np.ndarray] = {}
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for place, drawable in enumerate(drawables):
+            rows, columns = (int(count) for count in drawable.sample.sizes[-1])
+            by_size.setdefault((rows, columns), []).append(place)
+        side = self.generator.token_pixels
+        for (rows, columns), places in by_size.items():
+            for start in range(0, len(places), PICTURES_AT_A_TIME):
+                chosen = places[start : start + PICTURES_AT_A_TIME]
+                latents = self.latents([drawables[place] for place in chosen], sampler, seed)
+                pictures = self.pictures(latents, (columns * side, rows * side))
+                done |= dict(zip(chosen, pictures, strict=True))
+        return [done[place] for place in range(len(requests))]
+
+    def lay_out(self, request: FrameRequest) -> Drawable:
+        """The frames of a conversation that ends with the picture to be drawn.
+
+        Raises:
+            ConfigError: the conversation has more pictures than the model can tell apart.
+        """
+        turns = [*request.turns, Turn("assistant", (len(request.pictures),))]
+        sizes = [(picture.shape[1], picture.shape[0]) for picture in request.pictures]
+        layout = query_tokens(
+            DRAWING,
+            "interleaved",
+            turns,
+            [*sizes, request.size],
+            self.work.chat,
+            self.work.vlm.num_queries,
+            answer=False,
+        )
+        sample = self.work.frames_of(layout, turns, [*sizes, request.size], key=0)
+        # Only the last is drawn; the earlier ones are there as they look.
+        is_drawn = np.arange(len(sample.sizes)) == len(sample.sizes) - 1
+        read = replace(layout, text_index=layout.text_index[-1:])
+        return Drawable(replace(sample, layout=read, is_drawn=is_drawn), request)
+
+    @property
+    def nothing(self) -> Tensor:
+        """``[0, D]``: the visual latents of a picture that goes on as pixels."""
+        return torch.zeros(0, self.work.vlm.latent_size(self.stage.model))
+
+    # -- drawing
+
+    def latents(self, drawables: Sequence[Drawable], sampler: SamplerConfig, seed: int) -> Tensor:
+        """Latents of pictures of one size, as patches ``[n, u, F]``, on every rank."""
+        width = self.generator.mmdit.patch_dim
+        noise = torch.stack([starting_noise(seed, each.request.number, each.tokens, width) for each in drawables])
+        grid = timestep_grid(sampler.steps, sampler.shift, drawables[0].tokens, sampler.spacing)
+        with decoding_mode(self.chunks):
+            guided = Guided(self, drawables, sampler)
+            # The state stays in float32: many small steps would be lost in bfloat16.
+            return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
+
+    def conditions(self, drawables: Sequence[Drawable]) -> tuple[Tensor, Tensor]:
+        """Hidden states of the words ``[V, H]``, and visual latents ``[Q, D]``, on the first stage."""
+        assert self.first is not None
+        vlm, work = self.first.vlm, self.work
+        patches = [self.patches_of(each) for each in drawables]
+        samples = [
+            replace(
+                each.sample, layout=replace(each.sample.layout, tokens=replace(each.sample.layout.tokens, patches=p))
+            )
+            for each, p in zip(drawables, patches, strict=True)
+        ]
+        row = work.row(samples)
+        role = vlm.role()
+        hidden, latents = vlm.condition(
+            build_condition_batch(row.conversation, row.query_index, self.stage.model, role)
+        )
+        words = hidden.index_select(0, torch.from_numpy(row.word_index).to(self.device))
+        counts = [len(each.sample.layout.query_index) for each in drawables]
+        last = [part[-work.vlm.num_queries :] for part in latents.split(counts)]
+        given = [
+            own if each.request.latents is None else each.request.latents.to(own)
+            for own, each in zip(last, drawables, strict=True)
+        ]
+        return words, torch.cat(given)
+
+    def patches_of(self, drawable: Drawable) -> np.ndarray:
+        """Of the images that the VLM reads, float32 ``[P, patch_dim]``."""
+        encoder, data, layout = self.work.chat.encoder, self.work.data, drawable.sample.layout
+        parts = [np.zeros((0, encoder.patch_dim), dtype=np.float32)]
+        for index, drawn, grid in zip(layout.read_index, layout.read_drawn, layout.tokens.grids, strict=True):
+            height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
+            rule = data.generation_size if drawn else data.understanding_size
+            picture = drawable.request.pictures[index]
+            pixels = images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
+            parts.append(images.patchify(pixels, encoder)[0])
+        return np.concatenate(parts)
+
+    def clean_latents(self, drawables: Sequence[Drawable]) -> Tensor:
+        """Patches of latents ``[U', F]`` of the pictures before, conversation by conversation (first stage)."""
+        assert self.vae is not None
+        parts = [torch.zeros(0, self.generator.mmdit.patch_dim, dtype=self.dtype, device=self.device)]
+        for drawable in drawables:
+            for index in drawable.sample.image_index[:-1]:
+                picture = self.at_drawing_size(drawable.request.pictures[index])
+                pixels = torch.tensor(picture, device=self.device, dtype=self.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+                parts.append(to_patches(encode(self.vae, pixels), self.generator.mmdit.patch_size)[0])
+        return torch.cat(parts)
+
+    def teacher_latents(self, pictures: Sequence[np.ndarray]) -> list[Tensor]:
+        """What the visual latents ``[N, D]`` of pictures (uint8 (H, W, 3)) would be if the VLM knew them: features of
+        the base model's vision encoder, pooled, on every rank.
+
+        Raises:
+            CheckpointError: that is not there, or the VLM was aligned to another teacher.
+        """
+        vlm = self.work.vlm
+        if not isinstance(vlm.teacher, VisionEncoderTeacher):
+            raise CheckpointError(self.origin, f"was aligned to {vlm.teacher.family}, which is no part of it")
+        if not self.has_teacher:
+            what = "the base model whose vision encoder its visual latents were aligned to is not there"
+            raise CheckpointError(self.stage.base_checkpoint or "base_checkpoint", what)
+        size = vlm.latent_size(self.stage.model)
+        found = torch.empty(len(pictures) * vlm.num_queries, size, dtype=self.dtype, device=self.device)
+        if self.first is not None:
+            found = self._pooled(pictures).to(self.dtype).contiguous()
+        self.link.broadcast(found, stage=0)
+        return list(found.split(vlm.num_queries))
+
+    def _pooled(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        assert self.first is not None
+        encoder, rule = self.stage.model.vision_encoder, self.work.data.generation_size
+        side = encoder.patch_size
+        patches, grids = [], []
+        for picture in pictures:
+            width, height = images.target_size(picture.shape[1], picture.shape[0], rule, encoder.token_pixels)
+            cut = images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
+            patches.append(images.patchify(cut, encoder)[0])
+            grids.append((1, height // side, width // side))
+        with decoding_mode(self.chunks):
+            seen = VisionInput.build(np.concatenate(patches), np.array(grids), encoder, self.device, self.dtype)
+            tower = self.first.base.vision_encoder
+            assert isinstance(tower, VisionTower)
+            features = tower(seen)[:, : self.work.vlm.latent_size(self.stage.model)]
+        merge = encoder.spatial_merge_size
+        sizes = [(rows // merge, columns // merge) for _, rows, columns in grids]
+        return pooled_to_grid(features, sizes, self.work.vlm.grid)
+
+
+class Guided:
+    """The guided velocity of pictures of one size. Conversations stand in a row k times, once per condition:
+
+    1   [ words and visual latents ]
+    2   [ words and visual latents | visual latents ]
+    3   [ words and visual latents | visual latents | neither ]
+
+    The pictures before are there in each.
+    """
+
+    def __init__(self, painter: FramePainter, drawables: Sequence[Drawable], sampler: SamplerConfig) -> None:
+        self.painter = painter
+        self.sampler = sampler
+        self.count = len(drawables)
+        self.tokens = drawables[0].tokens
+        scales = (sampler.guidance_scale, sampler.image_guidance_scale)
+        self.num_conditions = 1 if scales == (1.0, 1.0) else 2 if scales[1] == 1.0 else 3
+        words = latents = clean = None
+        if painter.first is not None:
+            words, latents = painter.conditions(drawables)
+            clean = painter.clean_latents(drawables)
+        self._rows = {times: self._row(drawables, times, words, latents, clean) for times in {1, self.num_conditions}}
+
+    def _row(
+        self,
+        drawables: Sequence[Drawable],
+        times: int,
+        words: Tensor | None,
+        latents: Tensor | None,
+        clean: Tensor | None,
+    ) -> "_Row":
+        painter = self.painter
+        rows = [painter.work.row([each.sample for each in drawables])]
+        one = rows[0].frames
+        frames = Frames(
+            sizes=np.tile(one.sizes, (times, 1)),
+            num_condition=np.tile(one.num_condition, times),
+            sample=np.concatenate([one.sample + self.count * number for number in range(times)]),
+            number=np.tile(one.number, times),
+            is_clean=np.tile(one.is_clean, times),
+        )
+        multiple = stream_multiple(painter.stage)
+        num_text = round_up(int(frames.num_condition.sum()), multiple)
+        num_image = round_up(int(frames.counts.sum()), multiple)
+        place = painter.chunks[0].place(None)
+        canvas = Canvas.build(frames, num_text, num_text + num_image, painter.generator, place)
+        is_clean = torch.from_numpy(np.repeat(frames.is_clean, frames.counts)).to(painter.device)
+        base = torch.zeros(len(is_clean), painter.generator.mmdit.patch_dim, device=painter.device)
+        condition = None
+        if painter.first is not None:
+            assert words is not None
+            assert latents is not None
+            assert clean is not None
+            base[is_clean] = clean.float().repeat(times, 1)
+            condition = self._condition(drawables, times, words, latents, rows[0].condition_order)
+        at = torch.from_numpy(~frames.is_clean).to(painter.device)
+        return _Row(canvas, condition, base, (~is_clean).nonzero()[:, 0], at)
+
+    def _condition(
+        self, drawables: Sequence[Drawable], times: int, words: Tensor, latents: Tensor, order: np.ndarray
+    ) -> Tensor:
+        """``[k (V + Q), C]``."""
+        first = self.painter.first
+        assert first is not None
+        spoken = np.repeat(
+            [each.request.latents is None for each in drawables],
+            [len(each.sample.layout.text_index[-1]) for each in drawables],
+        )
+        places = torch.from_numpy(order).to(words.device)
+        parts = []
+        for number in range(times):
+            text = torch.from_numpy(spoken & (number == 0)).to(words.device)
+            visual = torch.full((len(latents),), number < 2, device=words.device)
+            parts.append(first.pathways(words, text, latents, visual, places))
+        return torch.cat(parts)
+
+    def velocity(self, state_nuF: Tensor, t: float) -> Tensor:
+        """``[n, u, F]`` float32."""
+        times = self.num_conditions if guided_at(t, self.sampler.guidance_interval) else 1
+        row = self._rows[times]
+        noisy = state_nuF.flatten(0, 1).repeat(times, 1)
+        state = row.base.index_copy(0, row.noisy, noisy)
+        timestep = row.is_noisy.float() * t
+        velocity = self.painter.run(row.canvas, row.condition, state, timestep)
+        parts = velocity.index_select(0, row.noisy).float().reshape(times, *state_nuF.shape)
+        if times == 1:
+            return parts[0]
+        if times == 2:
+            guided = classifier_free(parts[0], parts[1], self.sampler.guidance_scale)
+        else:
+            guided = two_condition(
+                unconditional=parts[2],
+                image=parts[1],
+                image_and_text=parts[0],
+                image_scale=self.sampler.image_guidance_scale,
+                text_scale=self.sampler.guidance_scale,
+            )
+        if self.sampler.guidance_renorm_min is None:
+            return guided
+        return renormalised(guided, parts[0], self.sampler.guidance_renorm_min)
+
+
+@dataclass(frozen=True)
+class _Row:
+    canvas: Canvas
+    condition: Tensor | None
+    """``[k (V + Q), C]`` on the first stage."""
+    base: Tensor
+    """float32 ``[U, F]``: latents of the pictures before, zeros where there is noise."""
+    noisy: Tensor
+    """int64 ``[k n u]``: where that is."""
+    is_noisy: Tensor
+    """bool, of each frame."""

@@ -1,0 +1,60 @@
+"""Model FLOPs of rows of MMCORE's diffusion transformer: what is counted and how is said in ``models/flops.py``.
+
+Counted are all products of the diffusion transformer, and the frozen VLM's decoder and vision encoder. Left out are the
+VAE, whose convolutions are no matrix products, and connector and pathways, a few layers on the condition's tokens.
+"""
+
+import numpy as np
+
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.frames import FrameRow, FrameSample
+from megatron_unimm.methods.drawing.flops import MMDiTLoad, mmdit_cost
+from megatron_unimm.models.flops import causal_pairs, decoder_work, vision_work
+from megatron_unimm.models.mmdit.frames import Frames
+
+
+def row_flops(row: FrameRow, stage: StageConfig) -> float:
+    """Model FLOPs of one row, forward and backward, over all ranks that share it."""
+    pairs = causal_pairs(row.conversation.segment_bounds)
+    decoder = decoder_work(stage.model.backbone, row.conversation.num_tokens, pairs)
+    total = mmdit_cost(load_of(row), stage, "pathways") + decoder.cost(trains=False, passes_gradient=False)
+    return total + _tower(row.conversation.grids, stage)
+
+
+def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
+    """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vectors, and
+    the VLM."""
+    frames = Frames(
+        sizes=np.array([sample.sizes[number] for number, _ in sample.entries]),
+        num_condition=np.array([0 if clean else sample.num_condition[number] for number, clean in sample.entries]),
+        sample=np.zeros(len(sample.entries), dtype=np.int64),
+        number=np.array([number for number, _ in sample.entries]),
+        is_clean=np.array([clean for _, clean in sample.entries]),
+    )
+    load = MMDiTLoad(0, 0, len(frames), *_pairs(frames))
+    decoder = decoder_work(stage.model.backbone, len(sample.layout), causal_pairs((0, len(sample.layout))))
+    vlm = decoder.cost(trains=False, passes_gradient=False) + _tower(sample.layout.tokens.grids, stage)
+    return mmdit_cost(load, stage, "pathways") + vlm
+
+
+def load_of(row: FrameRow) -> MMDiTLoad:
+    """What a row asks of the diffusion transformer."""
+    return MMDiTLoad(row.num_text, row.num_tokens - row.num_text, len(row.frames), *_pairs(row.frames))
+
+
+def _pairs(frames: Frames) -> tuple[float, float]:
+    """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
+    itself and the clean ones before, a noisy one with its condition itself and the same."""
+    joint = image = 0.0
+    tokens = frames.counts.astype(np.float64)
+    for place in range(len(frames)):
+        before = frames.is_clean & (frames.sample == frames.sample[place]) & (frames.number < frames.number[place])
+        seen, condition = float(tokens[before].sum()), float(frames.num_condition[place])
+        joint += (tokens[place] + condition) * (tokens[place] + condition + seen)
+        image += tokens[place] * (tokens[place] + seen)
+    return joint, image
+
+
+def _tower(grids: np.ndarray, stage: StageConfig) -> float:
+    embedding, rest = vision_work(stage.model.vision_encoder, grids)
+    return (embedding + rest).cost(trains=False, passes_gradient=False)

@@ -1,0 +1,175 @@
+"""MMCORE's diffusion transformer as the shared loop sees it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_unimm.config.layout import stream_multiple
+from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
+from megatron_unimm.data.packing import round_up
+from megatron_unimm.data.sizes import check_size, smallest_area
+from megatron_unimm.methods.drawing.losses import TERMS, WEIGHTS
+from megatron_unimm.methods.drawing.method import (
+    floats,
+    frame_timesteps,
+    learned_counts,
+    loss_input,
+    stored,
+    timestep_vectors,
+)
+from megatron_unimm.methods.drawing.model import PictureInput
+from megatron_unimm.methods.interface import DataSetup
+from megatron_unimm.methods.mmcore.batch import build_condition_batch
+from megatron_unimm.methods.mmcore.diffusion.flops import row_flops, sample_flops
+from megatron_unimm.methods.mmcore.diffusion.model import (
+    VLM,
+    ConditionInput,
+    DiffusionBatch,
+    MMCoreDiffusionModel,
+)
+from megatron_unimm.methods.vlm.layout import alignment
+from megatron_unimm.methods.vlm.model import FrozenParts
+from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
+from megatron_unimm.models.trainable import is_frozen
+from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.platform import Platform
+
+
+class MMCoreDiffusion:
+    """The diffusion transformer for one stage: see ``methods/interface.py`` for the contract."""
+
+    terms: tuple[str, ...] = TERMS
+    weights: tuple[float, ...] = WEIGHTS
+
+    def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
+        assert isinstance(stage.method, MMCoreDiffusionConfig)
+        assert stage.generator is not None
+        self.stage = stage
+        self.config = stage.method
+        self.generator = stage.generator
+        self.platform = platform
+        self.groups = groups
+        self.frozen = frozen_vlm(stage)
+
+    def build(self, virtual_stage: int, with_base: bool = True) -> MMCoreDiffusionModel:
+        return MMCoreDiffusionModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage)
+
+    def work(self, data: DataSetup) -> FrameWork:
+        """Frames with conditions.
+
+        Raises:
+            ConfigError: a size that is no whole number of tokens.
+        """
+        return frame_work(self.stage, data)
+
+    def travelling_rows(self) -> int:
+        return travelling_rows(self.stage)
+
+    def base_parts(self) -> dict[str, Path]:
+        """The last stage's VAE."""
+        return {"vae": Path(self.stage.generator_checkpoint)}
+
+    def model_parts(self) -> dict[str, Path]:
+        """Where parts come from that the checkpoint of the stage before does not hold."""
+        generator, base = Path(self.stage.generator_checkpoint), Path(self.stage.base_checkpoint)
+        return {"mmdit": generator, "vae": generator, "vision_encoder": base, "backbone": base}
+
+    def counts(self, rows: Sequence[FrameRow]) -> list[int]:
+        return learned_counts(rows, self.config.flow)
+
+    def batch(self, row: FrameRow, model: MMCoreDiffusionModel, device: torch.device) -> DiffusionBatch:
+        place = model.place(num_vectors(self.stage))
+        canvas = Canvas.build(row.frames, row.num_text, row.num_tokens, self.generator, place)
+        timesteps = frame_timesteps(row, self.config.flow)
+        at_an_end = model.pre_process or model.post_process
+        return DiffusionBatch(
+            canvas=canvas,
+            timestep=timestep_vectors(timesteps, canvas, place),
+            pictures=self._pictures(row, place) if at_an_end else None,
+            loss=loss_input(row, timesteps, self.config.flow, canvas, place) if model.post_process else None,
+            condition=self._condition(row, model, place) if model.pre_process else None,
+        )
+
+    def row_flops(self, row: FrameRow) -> float:
+        return row_flops(row, self.stage)
+
+    def sample_flops(self, sample: FrameSample) -> float:
+        return sample_flops(sample, self.stage)
+
+    def part_configs(self) -> dict[str, Any]:
+        """How queries, connector and pathways are built, for exports."""
+        assert self.stage.queries is not None
+        return {"queries": self.stage.queries.model_dump(mode="json"), "pathways": {}}
+
+    def _condition(self, row: FrameRow, model: MMCoreDiffusionModel, place: Place) -> ConditionInput:
+        role = replace(model.vlm.role(), device=place.device)
+        return ConditionInput(
+            conversation=build_condition_batch(row.conversation, row.query_index, self.stage.model, role),
+            word_index=torch.from_numpy(row.word_index).to(place.device, non_blocking=True),
+            order=torch.from_numpy(row.condition_order).to(place.device, non_blocking=True),
+            text_kept=floats(row.text_kept, place),
+            visual_kept=floats(row.visual_kept, place),
+        )
+
+    def _pictures(self, row: FrameRow, place: Place) -> PictureInput:
+        latents = None if row.latents is None else stored(row.latents, place)
+        pixels = None if latents is not None else floats(row.pixels, place)
+        token_of = torch.from_numpy(row.token_of).to(place.device, non_blocking=True)
+        return PictureInput(pixels, latents, list(grids_of(row.pictures)), floats(row.noise, place), token_of)
+
+
+def frozen_vlm(stage: StageConfig) -> FrozenParts:
+    """What the table of trainables leaves out of the VLM."""
+    rules = stage.train.trainable
+    return FrozenParts(
+        vision_encoder=is_frozen(f"{VLM}vision_encoder", rules),
+        backbone=is_frozen(f"{VLM}backbone", rules),
+        inputs=is_frozen(f"{VLM}query_tokens", rules),
+    )
+
+
+def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
+    """What is done to samples; see :meth:`MMCoreDiffusion.work`."""
+    assert isinstance(stage.method, MMCoreDiffusionConfig)
+    assert stage.generator is not None
+    assert stage.queries is not None
+    assert stage.data.drawing_size is not None
+    check_size(stage.data.drawing_size, stage.generator.token_pixels, "data.drawing_size")
+    parallel = stage.system.parallel
+    aligned = alignment(stage)
+    return FrameWork(
+        generator=stage.generator,
+        chat=data.chat(),
+        vlm=stage.queries,
+        sources=data.sources,
+        seed=stage.train.seed,
+        text_dropout=stage.method.text_dropout,
+        visual_dropout=stage.method.visual_dropout,
+        max_frames=stage.method.max_frames,
+        stream_multiple=stream_multiple(stage),
+        vlm_alignment=aligned,
+        vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),
+        latents=data.latents,
+    )
+
+
+def num_vectors(stage: StageConfig) -> int | None:
+    """Conditioning vectors of a row that travels through a pipeline: as many as the smallest frames would need. None
+    without a pipeline: as many as frames."""
+    parallel, data = stage.system.parallel, stage.data
+    if parallel.pipeline == 1:
+        return None
+    assert data.drawing_size is not None
+    assert stage.generator is not None
+    smallest = smallest_area(data.drawing_size, stage.generator.token_pixels)
+    return round_up(data.sequence_length // smallest + 1, parallel.tensor if parallel.sequence else 1)
+
+
+def travelling_rows(stage: StageConfig) -> int:
+    """Hidden states, and a copy of the vectors for each context rank."""
+    return stage.data.sequence_length + stage.system.parallel.context * (num_vectors(stage) or 0)

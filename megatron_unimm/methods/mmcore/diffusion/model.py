@@ -1,0 +1,131 @@
+"""MMCORE's diffusion transformer with the VLM before it (figure 5; section 3.2).
+
+    conversation ─ VLM (frozen) ─┬─► hidden states at words ─ text pathway ───────┐
+                                 └─► visual latents at queries ─ visual pathway ──┴─► condition ─┐
+    pictures before ─ VAE (frozen) ─► clean tokens ──────────────────────────────────────────────┤
+    picture ─ VAE ─► x_0 ─┐                                                                      ├─ MMDiT ─► velocity
+                     ε ───┴─► x_t = (1 − t) x_0 + t ε ───────────────────────────────────────────┘
+
+Attention is block-causal over the frames of a conversation (figure 6; ``models/mmdit/visibility.py``). The VLM is whole
+on the first pipeline stage, tensor and context parallel as the rest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.mmdit import Sd3Config
+from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.methods.drawing.model import DrawingBatch, DrawingModel
+from megatron_unimm.methods.mmcore.batch import MMCoreBatch
+from megatron_unimm.methods.mmcore.model import MMCoreVlm
+from megatron_unimm.methods.vlm.model import FrozenParts
+from megatron_unimm.models.mmdit.canvas import Canvas
+from megatron_unimm.models.pathways import DualPathway
+from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.platform import Platform
+
+VLM = "vlm."
+"""Before the names of the VLM's parameters here; in checkpoints they have the names of its own."""
+
+
+@dataclass(frozen=True)
+class ConditionInput:
+    """What the first stage makes the condition of."""
+
+    conversation: MMCoreBatch
+    """For the VLM."""
+    word_index: Tensor
+    """int64 ``[V]``: in its row."""
+    order: Tensor
+    """int64 ``[V + Q]``: of the text stream, places among the words, then the visual latents."""
+    text_kept: Tensor
+    """``[V]``: 0 where words are left out."""
+    visual_kept: Tensor
+    """``[Q]``."""
+
+
+@dataclass(frozen=True)
+class DiffusionBatch(DrawingBatch):
+    """One micro-batch."""
+
+    condition: ConditionInput | None
+
+
+class MMCoreDiffusionModel(DrawingModel):
+    """One pipeline stage.
+
+    Parts, beside a drawing model's (first stage):
+        vlm: the VLM of the first stage of training; saved with the rest, so that a checkpoint answers by itself.
+        pathways: words and visual latents to the condition.
+        frame_embedding: tells frames apart where positions do not (SD3).
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        platform: Platform,
+        groups: ParallelGroups,
+        frozen: FrozenParts,
+        virtual_stage: int = 0,
+    ) -> None:
+        super().__init__(stage, platform, groups, virtual_stage)
+        method, queries, mmdit = stage.method, stage.queries, self.model.mmdit
+        assert isinstance(method, MMCoreDiffusionConfig)
+        assert queries is not None
+        if self.pre_process:
+            self.vlm = MMCoreVlm(
+                vlm_stage(stage), queries, platform, groups.without_pipeline(), frozen, with_teacher=False
+            )
+            self.lora_used = self.vlm.lora_used
+            # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
+            torch.manual_seed(stage.train.seed)
+            self.pathways = DualPathway(
+                stage.model.backbone.hidden_size,
+                queries.latent_size(stage.model),
+                queries.num_queries,
+                mmdit.condition_size,
+                mmdit.pooled_size,
+            )
+            if isinstance(mmdit, Sd3Config):
+                self.frame_embedding = torch.nn.Embedding(method.max_frames, mmdit.hidden_size)
+                torch.nn.init.zeros_(self.frame_embedding.weight)
+        self.freeze_base()
+
+    def checkpoint_name(self, name: str) -> str:
+        return name.removeprefix(VLM)
+
+    # -- first stage
+
+    def conditions(self, batch: DrawingBatch) -> Tensor:
+        assert isinstance(batch, DiffusionBatch)
+        assert batch.condition is not None
+        hidden, latents = self.vlm.condition(batch.condition.conversation)  # [T, H], [Q, D]
+        return self.condition(hidden.index_select(0, batch.condition.word_index), latents, batch.condition)
+
+    def condition(self, words_VH: Tensor, latents_QD: Tensor, condition: ConditionInput) -> Tensor:
+        """``[V + Q, C]`` in the order of the text stream."""
+        return self.pathways(words_VH, condition.text_kept, latents_QD, condition.visual_kept, condition.order)
+
+    def pooled(self, num_vectors: int) -> Tensor:
+        return self.pathways.pooled.expand(num_vectors, -1)
+
+    def added(self, canvas: Canvas) -> Tensor | None:
+        """What tells frames apart."""
+        return self.frame_embedding(canvas.frame_number) if isinstance(self.model.mmdit, Sd3Config) else None
+
+
+def vlm_stage(stage: StageConfig) -> StageConfig:
+    """The stage as its VLM is built: whole on one pipeline stage, never in FP8 (its rows have any length), and with
+    nothing recomputed."""
+    parallel = stage.system.parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "layers_per_stage": None})
+    system = SystemConfig(
+        platform=stage.system.platform,
+        layers=stage.system.layers,
+        parallel=parallel,
+        precision=PrecisionConfig(dtype=stage.system.precision.dtype),
+    )
+    return stage.model_copy(update={"system": system})
