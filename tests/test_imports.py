@@ -17,7 +17,7 @@ LAYERS = (
     ("models", "flow", "data"),
     ("methods",),
     ("checkpoint", "convert"),
-    ("train", "plan", "generate", "evaluate", "health", "rewards"),
+    ("train", "plan", "generate", "hub", "evaluate", "health", "rewards"),
     ("cli",),
 )
 """From the bottom up. A part may import from its own layer and from those below."""

@@ -6,7 +6,9 @@ from pydantic import BeforeValidator, Field
 
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.flow import FlowConfig, SamplerConfig
+from megatron_unimm.config.lora import LoraConfig
 from megatron_unimm.config.model import VisionHeadConfig
+from megatron_unimm.config.rl import FlowGrpoConfig
 
 
 class LossWeights(Section):
@@ -114,31 +116,46 @@ class DropoutSchedule(Section):
         return self.start + (self.end - self.start) * done
 
 
-class MMCoreDiffusionConfig(Section):
-    """MMCORE's second stage: a text-to-image diffusion transformer goes on training with words and visual latents of
-    the VLM in place of its text encoders, and with the pictures before in its context (section 3.2)."""
+class MMCoreDrawing(Section):
+    """What the stages of MMCORE share that train its diffusion transformer (section 3.2)."""
 
-    name: Literal["mmcore_diffusion"]
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
     needs_queries: ClassVar[bool] = True
-    flow: FlowConfig = FlowConfig()
     sampler: SamplerConfig = SamplerConfig(guidance_scale=3.0, image_guidance_scale=1.5)
     """How pictures are drawn unless the command says otherwise. ``image_guidance_scale`` is that of the visual
     latents, ``guidance_scale`` that of the words on top of them."""
-    text_dropout: DropoutSchedule = DropoutSchedule(start=0.5, end=0.1, steps=2000)
-    """Share of frames whose words are left out of the condition. "We apply a higher dropout rate to text embeddings
-    during the early training stages … subsequently annealed"; the paper gives no rates."""
-    visual_dropout: DropoutSchedule = DropoutSchedule(start=0.1, end=0.1)
-    """The same for visual latents, drawn independently."""
     max_frames: int = Field(default=32, gt=0)
     """Pictures of a conversation that a transformer without rotary positions can tell apart (SD3: a vector that is
     added to each picture's tokens, zero at the start)."""
     embedded_guidance: float = Field(default=3.5, ge=0)
     """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters in the diffusion transformer, in place of training all of it."""
 
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
         """Nothing beyond the diffusion transformer; the pathways are whole on every rank."""
         return {}
+
+
+class MMCoreDiffusionConfig(MMCoreDrawing):
+    """MMCORE's second stage: a text-to-image diffusion transformer goes on training with words and visual latents of
+    the VLM in place of its text encoders, and with the pictures before in its context (section 3.2)."""
+
+    name: Literal["mmcore_diffusion"]
+    flow: FlowConfig = FlowConfig()
+    text_dropout: DropoutSchedule = DropoutSchedule(start=0.5, end=0.1, steps=2000)
+    """Share of frames whose words are left out of the condition. "We apply a higher dropout rate to text embeddings
+    during the early training stages … subsequently annealed"; the paper gives no rates."""
+    visual_dropout: DropoutSchedule = DropoutSchedule(start=0.1, end=0.1)
+    """The same for visual latents, drawn independently."""
+
+
+class MMCorePolicyConfig(MMCoreDrawing):
+    """MMCORE's last stage, "Reinforcement Learning with Human Feedback" (section 3.2), which the paper says no more of:
+    Flow-GRPO (arXiv 2505.05470) on the diffusion transformer."""
+
+    name: Literal["mmcore_policy"]
+    grpo: FlowGrpoConfig
 
 
 METHODS: dict[str, type[Section]] = {
@@ -146,6 +163,7 @@ METHODS: dict[str, type[Section]] = {
     "orion_decoder": OrionDecoderConfig,
     "mmcore": MMCoreConfig,
     "mmcore_diffusion": MMCoreDiffusionConfig,
+    "mmcore_policy": MMCorePolicyConfig,
 }
 """By name."""
 
@@ -155,7 +173,5 @@ def _orion_by_default(value: Any) -> Any:
     return {"name": "orion", **value} if isinstance(value, dict) else value
 
 
-MethodConfig = Annotated[
-    Annotated[OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig, Field(discriminator="name")],
-    BeforeValidator(_orion_by_default),
-]
+AnyMethod = OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig | MMCorePolicyConfig
+MethodConfig = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_orion_by_default)]

@@ -191,10 +191,15 @@ class FrameWork:
 
     def lay_out(self, draw: Draw) -> Laid | BadSample:
         """Read a sample's text and the headers of its images."""
-        return laid_out(self.sources, draw, lambda sample: self._layout(sample, draw))
+        return laid_out(self.sources, draw, lambda sample: self.frames_of_sample(sample, draw))
 
-    def _layout(self, sample: Sample, draw: Draw) -> FrameSample:
-        turns = _up_to_last_drawing(sample.turns)
+    def frames_of_sample(self, sample: Sample, draw: Draw) -> FrameSample:
+        """The frames of a sample, as one draw has them.
+
+        Raises:
+            SampleError: it has nothing to draw, or is too long.
+        """
+        turns = up_to_last_drawing(sample.turns)
         if not turns:
             raise SampleError(sample.id, "has no image of the assistant, nothing to draw", "nothing to draw")
         sizes = [images.image_size(file, self.data.max_image_pixels) for file in sample.images]
@@ -320,7 +325,7 @@ class FrameWork:
         return np.concatenate(parts)
 
 
-def _up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
+def up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
     """Turns up to the last picture of the assistant, which they end with; none without one."""
     kept: list[Turn] = []
     for place, turn in enumerate(turns):

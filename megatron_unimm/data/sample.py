@@ -3,8 +3,9 @@
 Layouts: L tokens of one sample, T tokens of a packed row, P patches, N images, V visual tokens (after the merger).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,6 +32,8 @@ class Sample:
     kind: SampleKind
     turns: tuple[Turn, ...]
     images: tuple[ImageFile, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What else its record holds: what scorers of drawings go by."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from megatron_unimm.config.data import DataConfig, ImageSize, SampleKind
 from megatron_unimm.config.model import ModelConfig, VisionEncoderConfig
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.data import images
-from megatron_unimm.data.chat import TokenSequence, image_positions
+from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, TokenSequence, image_positions
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample, DrawingWork
+from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import build_row, round_up
 from megatron_unimm.data.queries import (
     QueryRow,
@@ -27,7 +28,8 @@ from megatron_unimm.data.queries import (
     teacher_format,
     teacher_size,
 )
-from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample
+from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow, TokenizedSample, Turn
+from megatron_unimm.data.workers import void
 from megatron_unimm.errors import ConfigError
 
 SizedT = TypeVar("SizedT", bound=Sized)
@@ -140,19 +142,50 @@ def drawing_row(
     return replace(row, **{name: np.concatenate(values) for name, values in stored.items()})
 
 
+def frame_row(
+    mix: Mapping[SampleKind, float], work: FrameWork, photo: tuple[int, int] = PHOTO, pixels: bool = True
+) -> FrameRow:
+    """A row of frames with their conditions, likewise; what is read is a frame as well."""
+    drawn: dict[SampleKind, float] = {kind: share for kind, share in mix.items() if SHAPES[kind].drawn}
+    samples = _filled(drawn, work.data, 1, lambda kind, _: _frames(kind, work, photo, pixels), work.room)
+    row = work.row([sample for sample in samples if len(sample.sizes) <= work.max_frames])
+    if not (work.data.latent_cache and pixels):
+        return row
+    # Computed beforehand, they would come from a store.
+    width = work.generator.mmdit.patch_dim
+    return replace(row, latents=np.zeros((int(row.pictures.prod(axis=1).sum()), width), np.float32))
+
+
+class _Wordless(ChatTokenizer):
+    """Knows the special tokens, and no words."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.token_ids = model.token_ids
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError(f"nothing is read here, but {text}")
+
+
+def wordless_chat(model: ModelConfig, data: DataConfig) -> ChatFormat:
+    """For work whose samples are made here."""
+    return ChatFormat(_Wordless(model), model.vision_encoder, data)
+
+
 def _filled(
     mix: Mapping[SampleKind, float],
     data: DataConfig,
     alignment: int,
     make: Callable[[SampleKind, int | None], SizedT],
+    room: int | None = None,
 ) -> list[SizedT]:
     """Samples of conversations until the next one finds no room, or one.
 
     Args:
         make: from a kind, and for the first the tokens that it must not exceed.
+        room: tokens of them; the whole row if left out.
     """
     samples: list[SizedT] = []
-    room = data.sequence_length
+    room = data.sequence_length if room is None else room
     for kind in _in_proportion(mix):
         sample = make(kind, room if not samples else None)
         room -= round_up(len(sample), alignment)
@@ -231,6 +264,41 @@ def _conversation(
     )
 
 
+def _query_tokens(
+    kind: SampleKind, chat: ChatFormat, num_queries: int, photo: tuple[int, int], closing: bool
+) -> QueryTokens:
+    """The user's words and images, then the assistant's: each picture as queries, read again but for the last, and as
+    many words behind each. Without patches.
+
+    Args:
+        closing: with the words behind the last.
+    """
+    shape, encoder, data = SHAPES[kind], chat.encoder, chat.data
+    read, drawn = (_grid(*each, encoder) for each in ((photo, data.understanding_size), (DRAWN, data.generation_size)))
+    again = max(0, shape.drawn - 1)
+    sequence = TokenSequence(chat.tokenizer.token_ids, encoder.spatial_merge_size)
+    sequence.add_text([0] * shape.asked, learned=False)
+    words, queries = [np.arange(shape.asked)], [np.zeros(0, dtype=np.int64)]
+    for _ in range(shape.read):
+        sequence.add_image(np.array(read), is_target=False)
+    for number in range(shape.drawn):
+        queries.append(sequence.add_queries(num_queries, learned=True))
+        if number < again:
+            sequence.add_image(np.array(drawn), is_target=False)
+            words.append(np.arange(shape.answered // shape.drawn) + len(sequence))
+            sequence.add_text([0] * len(words[-1]), learned=True)
+    if closing:
+        sequence.add_text([0] * (shape.answered - sum(map(len, words[1:]))), learned=True)
+    return QueryTokens(
+        tokens=sequence.finish(kind, kind, encoder.patch_dim),
+        read_index=tuple(range(shape.read + again)),
+        read_drawn=(False,) * shape.read + (True,) * again,
+        drawn_index=tuple(range(shape.read, shape.read + shape.drawn)),
+        query_index=np.concatenate(queries),
+        text_index=tuple(words[: shape.drawn]),
+    )
+
+
 def _query_conversation(
     kind: SampleKind,
     model: ModelConfig,
@@ -240,41 +308,22 @@ def _query_conversation(
     pixels: bool,
     room: int | None,
 ) -> QuerySample:
-    """The user's words and images, then queries, what is read again, and the assistant's words."""
-    shape, encoder = SHAPES[kind], model.vision_encoder
-    form = teacher_format(vlm, encoder)
-    read, drawn = (_grid(*each, encoder) for each in ((photo, data.understanding_size), (DRAWN, data.generation_size)))
-    sequence = TokenSequence(model.token_ids, encoder.spatial_merge_size)
-    sequence.add_text([0] * shape.asked, learned=False)
-    for _ in range(shape.read):
-        sequence.add_image(np.array(read), is_target=False)
-    queries = [np.zeros(0, dtype=np.int64)]
-    for number in range(shape.drawn):
-        queries.append(sequence.add_queries(vlm.num_queries, learned=True))
-        if number < shape.drawn - 1:
-            sequence.add_image(np.array(drawn), is_target=False)
-    sequence.add_text([0] * shape.answered, learned=True)
-    if room is not None and len(sequence) > room and min(photo) > 1:
+    """A conversation with queries, and its pictures as the teacher looks at them."""
+    layout = _query_tokens(kind, wordless_chat(model, data), vlm.num_queries, photo, closing=True)
+    if room is not None and len(layout) > room and min(photo) > 1:
         return _query_conversation(kind, model, vlm, data, (photo[0] // 2, photo[1] // 2), pixels, room)
-    tokens = sequence.finish(kind, kind, 0)
-    sizes = (target_size(DRAWN, teacher_size(vlm, data), form),) * shape.drawn
+    tokens, encoder, form = layout.tokens, model.vision_encoder, teacher_format(vlm, model.vision_encoder)
+    sizes = (target_size(DRAWN, teacher_size(vlm, data), form),) * SHAPES[kind].drawn
     grids = target_grids(sizes, form)
-    again, has_cache = max(0, shape.drawn - 1), bool(data.feature_cache) and pixels
+    has_cache = bool(data.feature_cache) and pixels
     by_cache = has_cache and not isinstance(vlm.teacher, SiglipTeacher)
-    layout = QueryTokens(
-        tokens=replace(
-            tokens,
-            patches=_patches(tokens.grids, encoder, pixels),
-            features=_features(len(tokens.visual_index), model) if has_cache else None,
-        ),
-        read_index=tuple(range(shape.read + again)),
-        read_drawn=(False,) * shape.read + (True,) * again,
-        drawn_index=tuple(range(shape.read, shape.read + shape.drawn)),
-        query_index=np.concatenate(queries),
-        text_index=(),
+    loaded = replace(
+        tokens,
+        patches=_patches(tokens.grids, encoder, pixels),
+        features=_features(len(tokens.visual_index), model) if has_cache else None,
     )
     return QuerySample(
-        layout=layout,
+        layout=replace(layout, tokens=loaded),
         target_sizes=sizes,
         target_grids=grids,
         target_patches=None if by_cache else _patches(grids, form, pixels),
@@ -282,6 +331,23 @@ def _query_conversation(
         if by_cache
         else None,
     )
+
+
+def _frames(kind: SampleKind, work: FrameWork, photo: tuple[int, int], pixels: bool) -> FrameSample:
+    """A conversation up to its last picture."""
+    shape = SHAPES[kind]
+    layout = _query_tokens(kind, work.chat, work.vlm.num_queries, photo, closing=False)
+    tokens = void(layout.tokens)
+    if pixels:
+        tokens = replace(tokens, patches=_patches(tokens.grids, work.chat.encoder, pixels))
+    every = tuple(range(shape.read + shape.drawn))
+    turns = [Turn("user", every[: shape.read]), Turn("assistant", every[shape.read :])]
+    sizes = [photo] * shape.read + [DRAWN] * shape.drawn
+    sample = work.frames_of(replace(layout, tokens=tokens), turns, sizes, key=0)
+    if not pixels:
+        return sample
+    count = int(sample.sizes.prod(axis=1).sum())
+    return replace(sample, pixels=np.zeros((count, images.patch_dim(work.pixel_format)), dtype=np.float32))
 
 
 def _patches(grids: np.ndarray, form: images.PatchFormat, pixels: bool) -> np.ndarray:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from megatron_unimm.config.rl import StepFraction, StepWindow, TrainedSteps
@@ -148,8 +149,14 @@ def log_probability(x: Tensor, mean: Tensor, std: float) -> Tensor:
     coordinates' ratios, and its clip range (1e-4) is meant for that.
     """
     assert std > 0, "a step without noise has no density"
-    squares = ((x - mean) / std).square()
-    return -0.5 * _over_coordinates(squares) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    stds = torch.full((len(x),), std, dtype=x.dtype, device=x.device)
+    return gaussian_log_probability(x, mean, stds)
+
+
+def gaussian_log_probability(x: Tensor, mean: Tensor, std_n: Tensor) -> Tensor:
+    """The same where each sample has a standard deviation of its own, ``[n]``."""
+    squares = ((x - mean) / std_n.reshape(-1, *(1,) * (x.ndim - 1))).square()
+    return -0.5 * _over_coordinates(squares) - std_n.log() - 0.5 * math.log(2 * math.pi)
 
 
 def divergence(mean: Tensor, reference: Tensor, std: float) -> Tensor:

@@ -18,7 +18,7 @@ from megatron_unimm.checkpoint.folder import HF_FOLDER, LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.layout import check_layout, stream_multiple
-from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.methods import MMCoreDrawing
 from megatron_unimm.config.queries import VisionEncoderTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
@@ -102,7 +102,7 @@ class FramePainter(BasePainter):
         has_teacher: bool = False,
     ) -> None:
         super().__init__(chunks, stage, groups, platform, origin=origin)
-        assert isinstance(stage.method, MMCoreDiffusionConfig)
+        assert isinstance(stage.method, MMCoreDrawing)
         self.config = stage.method
         self.chunks = chunks
         self.work = work
@@ -321,6 +321,8 @@ class Guided:
         if painter.first is not None:
             words, latents = painter.conditions(drawables)
             clean = painter.clean_latents(drawables)
+        self.words, self.latents, self.clean = words, latents, clean
+        """What the first stage has of the conversations: ``[V, H]``, ``[Q, D]``, ``[U', F]``."""
         self._rows = {times: self._row(drawables, times, words, latents, clean) for times in {1, self.num_conditions}}
 
     def _row(

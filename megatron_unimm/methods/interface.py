@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from megatron_unimm.config.rl import FlowGrpoConfig
 from megatron_unimm.data.chat import ChatFormat
 from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.sources.source import Source
@@ -90,3 +91,10 @@ class ShowsText(Protocol):
 
     text_observer: Callable[[Tensor], None] | None
     """Where it is set, each forward pass hands it the text logits ``[n, vocab / tensor]`` of this rank's labels."""
+
+
+@runtime_checkable
+class LearnsFromRewards(Protocol):
+    """A method whose loader gives prompts, and whose training rows are made of what the model draws of them."""
+
+    grpo: FlowGrpoConfig

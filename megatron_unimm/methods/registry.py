@@ -5,9 +5,12 @@ from collections.abc import Callable
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.footprint import Footprints
 from megatron_unimm.methods.interface import Method
+from megatron_unimm.methods.mmcore.diffusion.footprint import DiffusionFootprints
 from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion
 from megatron_unimm.methods.mmcore.footprint import MMCoreFootprints
 from megatron_unimm.methods.mmcore.method import MMCore
+from megatron_unimm.methods.mmcore.policy.footprint import PolicyFootprints
+from megatron_unimm.methods.mmcore.policy.method import MMCorePolicy
 from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
 from megatron_unimm.methods.orion.footprint import OrionFootprints
@@ -20,6 +23,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "orion_decoder": OrionDecoder,
     "mmcore": MMCore,
     "mmcore_diffusion": MMCoreDiffusion,
+    "mmcore_policy": MMCorePolicy,
 }
 
 
@@ -32,6 +36,8 @@ FOOTPRINTS: dict[str, Footprints] = {
     "orion": OrionFootprints(),
     "orion_decoder": DecoderFootprints(),
     "mmcore": MMCoreFootprints(),
+    "mmcore_diffusion": DiffusionFootprints(),
+    "mmcore_policy": PolicyFootprints(),
 }
 
 

@@ -29,8 +29,8 @@ class StageModel(MegatronModule):
         self.vp_stage = virtual_stage if groups.config.virtual_pipeline > 1 else None
         self.share_embeddings_and_output_weights = False
         self.base = torch.nn.Module()
-        self.lora_used: set[str] = set()
-        """Patterns of the stage's low-rank adapters that matched a linear of this chunk."""
+        self.lora_used: dict[str, set[str]] = {}
+        """By section of low-rank adapters, its patterns that matched a linear of this chunk."""
 
     def freeze_base(self) -> None:
         """To be called once all companions are there."""

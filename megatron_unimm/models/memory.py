@@ -366,6 +366,17 @@ def connector_weights(model: ConnectorConfig, visual: int, mmdit: MMDiT) -> Weig
     return Weights(products + 2 * inner + 2 * condition + mmdit.pooled_size + model.sources * condition)
 
 
+def pathways_weights(mmdit: MMDiT, word: int, latent: int, num_queries: int) -> Weights:
+    """Words and visual latents to the condition, each by a norm and two products; places of the latents, the pooled
+    condition."""
+    condition = mmdit.condition_size
+
+    def pathway(width: int) -> int:
+        return width + (width + 1) * condition + (condition + 1) * condition
+
+    return Weights(pathway(word) + pathway(latent) + num_queries * condition + mmdit.pooled_size)
+
+
 def vae_weights(model: VaeConfig) -> Weights:
     """diffusers' AutoencoderKL, counted by building it without memory."""
     return Weights(_vae_parameters(model.model_dump_json()))
@@ -401,6 +412,11 @@ def layer_kept(
     return _recomputed(parts, layer, spread, row, moe)
 
 
+def layer_pass(layer: LayerShape, spread: Spread, row: float, moe: MoEConfig | None = None) -> Kept:
+    """A layer that no gradient passes through: nothing but what it needs while it runs."""
+    return Kept(0.0, layer_kept(layer, _without_recompute(spread), row, trains=True, moe=moe).bytes)
+
+
 def tower_layer_kept(layer: LayerShape, spread: Spread, patches: float, trains: bool = True) -> Kept:
     """A layer of a vision tower: on every context rank all patches, without sequence parallelism."""
     return layer_kept(layer, _alone(spread), patches, trains=trains)
@@ -410,6 +426,10 @@ def _alone(spread: Spread) -> Spread:
     """Of a part that every context rank has whole."""
     parallel = spread.parallel.model_copy(update={"context": 1, "sequence": False})
     return Spread(parallel, spread.recompute, spread.itemsize, spread.fused)
+
+
+def _without_recompute(spread: Spread) -> Spread:
+    return Spread(spread.parallel, RecomputeConfig(), spread.itemsize, spread.fused)
 
 
 def _layer_parts(
@@ -573,9 +593,7 @@ def tower_kept(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
 
 def tower_pass(model: VisionEncoder | SiglipConfig, spread: Spread, patches: float) -> Kept:
     """A frozen tower: nothing but what a layer needs while it runs."""
-    none = Spread(spread.parallel, RecomputeConfig(), spread.itemsize, spread.fused)
-    layer = tower_layer_kept(LayerShape.of_tower(model), none, patches)
-    return Kept(0.0, layer.bytes)
+    return layer_pass(LayerShape.of_tower(model), _alone(spread), patches)
 
 
 def vae_pass(model: VaeConfig, pixels: float, itemsize: int) -> Kept:
@@ -648,6 +666,13 @@ def query_connector_kept(
         kept += layers + Kept(_norm(queries, hidden, True, spread, trains))
     inside = mine * hidden * item * (trains + (model.projection == "mlp") * (1 + trains))
     return kept + Kept(inside + mine * latent * 2 * FLOAT)
+
+
+def pathway_kept(width: int, condition: int, spread: Spread, count: float) -> Kept:
+    """From n hidden states, or visual latents, to a part of the condition: the norm, its output where nothing is left
+    out, and the hidden layer before and after the activation."""
+    plain = Spread(spread.parallel, spread.recompute, spread.itemsize, fused=False)  # plain torch on every device
+    return Kept(_norm(count, width, True, plain, trains=True) + count * (width + 2 * condition) * spread.itemsize)
 
 
 # -- activations of diffusion transformers

@@ -17,9 +17,10 @@ from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.events import host_name
 from megatron_unimm.train.flops import stage_peak_tflops
 from megatron_unimm.train.record import Record, Totals, Window
+from megatron_unimm.train.rollout import Rollouts
 from megatron_unimm.train.safety import Safety
 from megatron_unimm.train.schedule import check_resumed_rate, learning_rate
-from megatron_unimm.train.step import TrainStep
+from megatron_unimm.train.step import StepResult, TrainStep
 from megatron_unimm.train.stragglers import Peer, slowest
 from megatron_unimm.train.timers import BUSY, gather_times, mean_times, useful_seconds
 from megatron_unimm.train.watchdog import LONG
@@ -76,6 +77,7 @@ class Loop:
         step: TrainStep,
         safety: Safety,
         callbacks: Sequence[Callback],
+        rollouts: Rollouts | None = None,
     ) -> None:
         self.stage = stage
         self.total_steps = total_steps
@@ -86,6 +88,8 @@ class Loop:
         self.platform = step.platform
         self.saver, self.watchdog, self.skipped = safety.saver, safety.watchdog, safety.skipped
         self.callbacks = callbacks
+        self.rollouts = rollouts
+        """Makes the rows of updates of the loader's prompts, for methods that learn from rewards."""
         self.step = 0
         self.totals = Totals()
         self.rate = 0.0
@@ -147,7 +151,7 @@ class Loop:
 
     def _one_step(self, batch: StepBatch, window: Window) -> None:
         self.rate = learning_rate(self.step, self.total_steps, self.stage.train.schedule)
-        result = self.train_step.run(batch.rows, self.rate)
+        result = self._train_on(batch.rows)
         self.clock.begin("other")
         self.step += 1
         window.add(result, batch)
@@ -157,9 +161,20 @@ class Loop:
         for callback in self.callbacks:
             callback.on_step(self, batch)
 
+    def _train_on(self, rows: Sequence[Any]) -> StepResult:
+        """One update, or all of a rollout; the last one's result."""
+        if self.rollouts is None:
+            return self.train_step.run(rows, self.rate)
+        self.clock.begin("other")
+        self.watchdog.now("in a rollout", self.step, LONG)
+        results = [self.train_step.run(update, self.rate) for update in self.rollouts.updates(rows, self.step)]
+        return results[-1]
+
     def _record(self, window: Window) -> None:
         self.watchdog.now("waiting for the device and the others to record", self.step)
         record = self._summarise(window)
+        if self.rollouts is not None:
+            record.extra.update(self.rollouts.figures.take())
         self.skipped.settle()
         self.watchdog.now("in callbacks", self.step, LONG)
         if record.skipped_now:

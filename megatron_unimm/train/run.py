@@ -11,7 +11,10 @@ import torch.distributed as dist
 from megatron_unimm.checkpoint.ranks import Ranks, new_io_group
 from megatron_unimm.config.load import dump
 from megatron_unimm.config.recipe import Recipe, StageConfig
+from megatron_unimm.data.prompts import PromptWork
 from megatron_unimm.errors import CheckpointError
+from megatron_unimm.methods.interface import LearnsFromRewards, Method
+from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train import setup
@@ -22,9 +25,10 @@ from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_unimm.train.poison import FILE as SKIPPED_STEPS
 from megatron_unimm.train.poison import SkippedSteps
+from megatron_unimm.train.rollout import Reference, Rollouts
 from megatron_unimm.train.safety import Safety
 from megatron_unimm.train.saving import Saver
-from megatron_unimm.train.state import Checkpointer, find_start
+from megatron_unimm.train.state import Checkpointer, Start, beginning, find_start, load_weights
 from megatron_unimm.train.step import TrainStep
 from megatron_unimm.train.watchdog import Watchdog
 
@@ -83,6 +87,7 @@ def _prepare(
     io_group = new_io_group()
     method, chunks = setup.build_model(stage, platform, groups)
     setup.fill(chunks, stage, method, start, groups)
+    reference = _reference(stage, method, chunks, run_dir, start, groups)
     loader, total_steps = setup.open_data(stage, method, platform, groups)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     optimizer = build_optimizer(wrapped, stage, groups)
@@ -94,7 +99,11 @@ def _prepare(
     checkpointer = Checkpointer(stage, method, run_dir, wrapped, optimizer, step.average, groups, io_group)
     saver = Saver(stage.train.checkpoint, checkpointer, groups.host, attempt.events)
     safety = Safety(saver, watchdog, SkippedSteps(attempt.folder / SKIPPED_STEPS, groups))
-    loop = Loop(stage, total_steps, loader, step, safety, default_callbacks(stage, attempt))
+    rollouts = None
+    if isinstance(method, LearnsFromRewards):
+        assert isinstance(loader.work, PromptWork)
+        rollouts = Rollouts(stage, method.grpo, wrapped, loader.work, reference, platform, groups)
+    loop = Loop(stage, total_steps, loader, step, safety, default_callbacks(stage, attempt), rollouts)
     if start.resume:
         loop.restore(checkpointer.restore(start.directory, start.checked))
         if start.directory.parent.resolve() == checkpointer.folder.resolve():
@@ -113,6 +122,23 @@ def _prepare(
         )
         logger.info("what trains:\n%s", setup.describe_trainable(chunks))
     return loop
+
+
+def _reference(
+    stage: StageConfig,
+    method: Method,
+    chunks: list[StageModel],
+    run_dir: Path,
+    start: Start,
+    groups: ParallelGroups,
+) -> Reference | None:
+    """The weights that the stage began with, also where it goes on from later ones."""
+    if not isinstance(method, LearnsFromRewards) or not method.grpo.kl_weight:
+        return None
+    if start.resume:
+        began = Ranks.of(groups.host).from_first(lambda: beginning(stage, run_dir))
+        load_weights(chunks, began.directory, groups, method.model_parts())
+    return Reference(chunks)
 
 
 def _tell_damage(events: EventLog, directory: Path, place: Path, damage: CheckpointError) -> None:

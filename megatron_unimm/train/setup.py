@@ -9,6 +9,8 @@ import torch.distributed as dist
 from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.layout import check_layout
+from megatron_unimm.config.lora import LoraConfig
+from megatron_unimm.config.methods import MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.loader import DataShard, StepLoader
@@ -58,10 +60,23 @@ def build_model(stage: StageConfig, platform: Platform, groups: ParallelGroups) 
     used: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(used, apply_rules(chunks, stage.train.trainable), group=groups.host)
     check_used(set().union(*used), stage.train.trainable)
-    if stage.queries is not None and stage.queries.lora is not None:
-        dist.all_gather_object(used, set().union(*(chunk.lora_used for chunk in chunks)), group=groups.host)
-        check_lora_used(set().union(*used), stage.queries.lora, "queries.lora")
+    _check_adapters(chunks, stage, groups)
     return method, chunks
+
+
+def _check_adapters(chunks: list[StageModel], stage: StageConfig, groups: ParallelGroups) -> None:
+    """Every pattern of low-rank adapters must match something on some rank."""
+    sections: dict[str, LoraConfig | None] = {}
+    if stage.queries is not None:
+        sections["queries.lora"] = stage.queries.lora
+    if isinstance(stage.method, MMCoreDrawing):
+        sections["method.lora"] = stage.method.lora
+    for field, lora in sections.items():
+        if lora is not None:
+            used: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+            mine = set().union(*(chunk.lora_used.get(field, set()) for chunk in chunks))
+            dist.all_gather_object(used, mine, group=groups.host)
+            check_lora_used(set().union(*used), lora, field)
 
 
 def fill(chunks: list[StageModel], stage: StageConfig, method: Method, start: Start, groups: ParallelGroups) -> None:

@@ -217,10 +217,10 @@ def find_start(stage: StageConfig, run_dir: Path, resume: str, ranks: Ranks, tel
         own = newest_intact(checkpoint_folder(run_dir, stage.name), ranks, tell)
         if own is not None:
             return Start(own, resume=True, checked=True)
-    return ranks.from_first(lambda: _beginning(stage, run_dir))
+    return ranks.from_first(lambda: beginning(stage, run_dir))
 
 
-def _beginning(stage: StageConfig, run_dir: Path) -> Start:
+def beginning(stage: StageConfig, run_dir: Path) -> Start:
     """Where a stage starts that has no checkpoint of its own."""
     if stage.after is not None:
         before = latest(checkpoint_folder(run_dir, stage.after))

@@ -2,6 +2,7 @@
 in the batch."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ LAYOUTS = [
 ]
 
 
-def start_worker(ranks: int, tasks: list[dict]) -> None:
+def start_worker(ranks: int, tasks: list[dict], worker: Path = WORKER) -> None:
     command = [
         sys.executable,
         "-m",
@@ -81,10 +82,13 @@ def start_worker(ranks: int, tasks: list[dict]) -> None:
         "--standalone",
         "--nproc-per-node",
         str(ranks),
-        str(WORKER),
+        str(worker),
         json.dumps(tasks),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    helpers = {"PYTHONPATH": str(WORKER.parents[1] / "train")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | helpers
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
     assert done.returncode == 0, "\n".join(errors[-30:])
 

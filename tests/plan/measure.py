@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from small_decoder import SMALL_DECODER
+from small_diffusion import SMALL as SMALL_DIFFUSION
 from small_mmcore import SMALL as SMALL_MMCORE
 from small_orion import SMALL
 from torch import Tensor
@@ -39,6 +40,13 @@ def mmcore(repo: Path, *overrides: str) -> StageConfig:
     """A small stage of MMCORE's VLM, all of which trains."""
     settings = [*SMALL_MMCORE, *ROWS, "system.layers=torch", *overrides]
     return load_recipe(repo / "configs/mmcore/shapes.yaml", settings).stages["vlm"]
+
+
+def diffusion(repo: Path, *overrides: str) -> StageConfig:
+    """A small stage of MMCORE's diffusion transformer."""
+    rows = "stages.diffusion.data.sequence_length=512"
+    settings = [*SMALL_DIFFUSION, *ROWS[1:], rows, "system.layers=torch", *overrides]
+    return load_recipe(repo / "configs/mmcore/shapes.yaml", settings).stages["diffusion"]
 
 
 def place_of(stage: StageConfig, rank: int, world_size: int, virtual_stage: int = 0) -> ChunkPlace:

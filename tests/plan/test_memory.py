@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import Peak, decoder, kept_bytes, mmcore, orion, place_of, storage_bytes
+from measure import Peak, decoder, diffusion, kept_bytes, mmcore, orion, place_of, storage_bytes
+from small_diffusion import SOME_OF_THE_VLM
 from small_mmcore import FROZEN_VLM, LORA, SIGLIP
 
 from megatron_unimm.config.recipe import StageConfig
@@ -132,6 +133,31 @@ MMCORE = {
     "cached features, SigLIP, last": (("data.feature_cache=somewhere", *frozen("vision_encoder"), SIGLIP, *PP), 1, 2),
     "connector alone": ((*CONNECTOR, *frozen("vision_encoder", "backbone", "query_tokens")), 0, 1),
 }
+
+
+DIFFUSION = {
+    "SD3": ((), 0, 1),
+    "SD3, tensor": (TP, 1, 2),
+    "SD3, context": (CP, 0, 2),
+    "SD3.5, first of two": ((*SD35, "generator.mmdit.num_layers=4", *PP), 0, 2),
+    "SD3.5, last of two": ((*SD35, "generator.mmdit.num_layers=4", *PP), 1, 2),
+    "FLUX": (FLUX, 0, 1),
+    "FLUX, bf16": ((*FLUX, *BF16), 0, 1),
+    "FLUX, full recompute": ((*FLUX, *FULL), 0, 1),
+    "FLUX, first of two": ((*FLUX, *PP, *TP), 0, 4),
+    "FLUX, experts": ((*FLUX, *MOE, *EP, *TP), 0, 2),
+    "Qwen3-VL": (QWEN3, 0, 1),
+    "SigLIP": ((SIGLIP,), 0, 1),
+    "connector": (CONNECTOR, 0, 1),
+    "queries train": ((*CONNECTOR, SOME_OF_THE_VLM), 0, 1),
+    "latents made": (("data.latent_cache=somewhere",), 0, 1),
+}
+
+
+@pytest.mark.parametrize("case", DIFFUSION)
+def test_diffusion(case: str, repo: Path) -> None:
+    overrides, rank, world_size = DIFFUSION[case]
+    check_chunk(diffusion(repo, *overrides), rank, world_size)
 
 
 @pytest.mark.parametrize("case", ORION)

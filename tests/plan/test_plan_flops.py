@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure import decoder, mmcore, orion, place_of
+from measure import decoder, diffusion, mmcore, orion, place_of
+from small_diffusion import SOME_OF_THE_VLM
 from small_mmcore import FROZEN_VLM, LORA, SIGLIP
 from test_memory import CONNECTOR, CP, FLUX, FULL, MOE, PP, QWEN3, SD35, TP, frozen
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,6 +186,21 @@ def test_chunks_are_the_whole_model(overrides: tuple[str, ...], repo: Path) -> N
 
 def test_decoder_chunks_are_the_whole_model(repo: Path) -> None:
     stage = decoder(repo, *FLUX, *PP)
+    footprints = footprints_of(stage)
+    row = footprints.typical_row(stage)
+    spread = Spread.of(stage.system, fused=True)
+    chunks = [footprints.chunk(stage, spread, place, row) for rank in places(stage) for place in rank]
+    total = sum(chunk.forward.total + chunk.backward.total for chunk in chunks)
+    assert total == pytest.approx(footprints.row_flops(stage, row), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), FLUX, (*FLUX, *PP), (*SD35, *TP), MOE, (*CONNECTOR, SOME_OF_THE_VLM), (*CONNECTOR, *LORA[:1])]
+)
+def test_diffusion_chunks_are_the_whole_model(overrides: tuple[str, ...], repo: Path) -> None:
+    """VLM and diffusion transformer; the method's count of a row is compared with torch's in
+    ``tests/train/test_mmcore_diffusion.py``."""
+    stage = diffusion(repo, *overrides)
     footprints = footprints_of(stage)
     row = footprints.typical_row(stage)
     spread = Spread.of(stage.system, fused=True)

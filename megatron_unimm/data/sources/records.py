@@ -16,6 +16,8 @@ from megatron_unimm.data.sources.captions import caption_turns
 
 IMAGE_MARK = "<image>"
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {"system": "system", "human": "user", "gpt": "assistant"}
+READ_HERE = ("conversations", "caption", "text", "id", "image", "images", "file_name")
+"""Keys of a record that become the sample; the others go along with it."""
 UTF8_BOM = b"\xef\xbb\xbf"
 
 MAX_TEXT_BYTES = 16 << 20
@@ -52,7 +54,8 @@ def make_sample(
     else:
         text = (caption or "").replace(IMAGE_MARK, "").strip()
         turns = caption_turns(text, len(files), kind, identity, where)
-    return Sample(id=f"{name}/{identity}", kind=kind, turns=turns, images=tuple(files))
+    metadata = {key: value for key, value in record.items() if key not in READ_HERE}
+    return Sample(id=f"{name}/{identity}", kind=kind, turns=turns, images=tuple(files), metadata=metadata)
 
 
 def parse_json(text: bytes, where: str, advice: str) -> object:

@@ -26,24 +26,24 @@ class MMDiTLoad:
     """Of the image's attention to itself: Σ U²."""
 
 
-def mmdit_cost(load: MMDiTLoad, stage: StageConfig, connector: str) -> float:
+def mmdit_cost(load: MMDiTLoad, stage: StageConfig, *before: str) -> float:
     """Embeddings, each by what can train before it, and all that follows them.
 
     Patches 2 T_image F H; condition 2 T_text C H; per picture the timestep's vector 2 · 256 H + 2 H² (the guidance
     scale's again), and the pooled condition's 2 P H + 2 H².
 
     Args:
-        connector: the part that makes the condition.
+        before: the parts that make the condition.
     """
     assert stage.generator is not None
     mmdit, rules = stage.generator.mmdit, stage.train.trainable
-    trains, connector_trains = not is_frozen("mmdit", rules), not is_frozen(connector, rules)
-    entry = sum(work.cost(*gradient) for work, gradient in entry_works(mmdit, load, trains, connector_trains))
-    return entry + mmdit_work(mmdit, load).cost(trains, trains or connector_trains)
+    trains, condition_trains = not is_frozen("mmdit", rules), not all(is_frozen(part, rules) for part in before)
+    entry = sum(work.cost(*gradient) for work, gradient in entry_works(mmdit, load, trains, condition_trains))
+    return entry + mmdit_work(mmdit, load).cost(trains, trains or condition_trains)
 
 
 def entry_works(
-    mmdit: MMDiT, load: MMDiTLoad, trains: bool, connector_trains: bool
+    mmdit: MMDiT, load: MMDiTLoad, trains: bool, condition_trains: bool
 ) -> list[tuple[Work, tuple[bool, bool]]]:
     """What enters the blocks, each part with (its weights train, a gradient passes through)."""
     hidden, count = mmdit.hidden_size, float(load.num_pictures)
@@ -54,8 +54,8 @@ def entry_works(
     return [
         (data, (trains, False)),
         (behind_data, (trains, trains)),
-        (condition, (trains, connector_trains)),
-        (behind_condition, (trains, trains or connector_trains)),
+        (condition, (trains, condition_trains)),
+        (behind_condition, (trains, trains or condition_trains)),
     ]
 
 

@@ -6,7 +6,7 @@ from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.queries import CONNECTOR_MLP_RATIO, QueryVlmConfig, SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow, QuerySample
-from megatron_unimm.data.sample import IGNORED_LABEL
+from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, logits_work, siglip_work, vision_work
 from megatron_unimm.models.lora_shapes import adapted_linears
 from megatron_unimm.models.trainable import is_frozen, matching_rule
@@ -15,21 +15,28 @@ ADAPTER_MARK = "lora_"
 """In patterns over adapters' names, which tell rules for them from rules for the weights."""
 
 
-def backbone_trains(stage: StageConfig) -> bool:
-    """Whether its own weights do; adapters are others."""
-    return not is_frozen("backbone", [rule for rule in stage.train.trainable if ADAPTER_MARK not in rule.pattern])
+def backbone_trains(stage: StageConfig, prefix: str = "") -> bool:
+    """Whether its own weights do; adapters are others.
+
+    Args:
+        prefix: before the names of the VLM's parameters.
+    """
+    return not is_frozen(
+        f"{prefix}backbone", [rule for rule in stage.train.trainable if ADAPTER_MARK not in rule.pattern]
+    )
 
 
-def adapters_train(stage: StageConfig) -> bool:
+def adapters_train(stage: StageConfig, prefix: str = "") -> bool:
     """Whether there are any, and they do."""
     assert stage.queries is not None
-    rule = matching_rule(f"backbone.{ADAPTER_MARK}a.weight", stage.train.trainable)
+    rule = matching_rule(f"{prefix}backbone.{ADAPTER_MARK}a.weight", stage.train.trainable)
     return stage.queries.lora is not None and rule is not None and rule.train
 
 
-def has_gradient(stage: StageConfig) -> bool:
+def has_gradient(stage: StageConfig, prefix: str = "") -> bool:
     """Whether a gradient passes through the decoder's layers, because something in them or before them trains."""
-    return not all(is_frozen(part, stage.train.trainable) for part in ("vision_encoder", "query_tokens", "backbone"))
+    parts = ("vision_encoder", "query_tokens", "backbone")
+    return not all(is_frozen(prefix + part, stage.train.trainable) for part in parts)
 
 
 def adapters_work(stage: StageConfig, layers: range, num_tokens: int) -> Work:
@@ -54,20 +61,29 @@ def connector_works(vlm: QueryVlmConfig, model: ModelConfig, num_pictures: int) 
 
 
 def row_flops(row: QueryRow, stage: StageConfig) -> float:
-    """Model FLOPs of one row, forward and backward, over all ranks that share it: vision encoder on the images that
-    are read, decoder, text logits where a text token is predicted, connector at the queries, and the frozen teacher
-    (forward) on the pictures to be drawn."""
-    assert stage.queries is not None
-    rules, vlm, model = stage.train.trainable, stage.queries, stage.model
-    trains, passes = backbone_trains(stage), has_gradient(stage)
-    decoder = decoder_work(model.backbone, row.num_tokens, causal_pairs(row.tokens.segment_bounds))
-    total = _tower_flops(row.tokens.grids, stage) + _teacher_flops(row.target_grids, stage)
-    total += decoder.cost(trains, passes)
-    total += adapters_work(stage, range(model.backbone.num_layers), row.num_tokens).cost(adapters_train(stage), passes)
+    """Model FLOPs of one row, forward and backward, over all ranks that share it: what its visual latents cost, text
+    logits where a text token is predicted, and the frozen teacher (forward) on the pictures to be drawn."""
     num_text = int(np.count_nonzero(row.tokens.labels != IGNORED_LABEL))
-    total += logits_work(model.backbone, num_text).cost(trains, passes)
-    connector_trains = not is_frozen("query_connector", rules)
-    layers, projection = connector_works(vlm, model, len(row.target_grids))
+    logits = logits_work(stage.model.backbone, num_text).cost(backbone_trains(stage), has_gradient(stage))
+    return latents_flops(row.tokens, len(row.target_grids), stage) + logits + _teacher_flops(row.target_grids, stage)
+
+
+def latents_flops(row: PackedRow, num_pictures: int, stage: StageConfig, prefix: str = "") -> float:
+    """Of a VLM up to its visual latents, forward and backward: vision encoder on the images that are read, decoder,
+    adapters, and the connector at the queries.
+
+    Args:
+        prefix: before the names of the VLM's parameters.
+    """
+    assert stage.queries is not None
+    vlm, model, passes = stage.queries, stage.model, has_gradient(stage, prefix)
+    total = tower_flops(row.grids, stage, prefix)
+    decoder = decoder_work(model.backbone, row.num_tokens, causal_pairs(row.segment_bounds))
+    total += decoder.cost(backbone_trains(stage, prefix), passes)
+    adapters = adapters_work(stage, range(model.backbone.num_layers), row.num_tokens)
+    total += adapters.cost(adapters_train(stage, prefix), passes)
+    connector_trains = not is_frozen(f"{prefix}query_connector", stage.train.trainable)
+    layers, projection = connector_works(vlm, model, num_pictures)
     total += layers.cost(connector_trains, passes or connector_trains)
     behind = passes or (connector_trains and bool(vlm.connector.num_layers))
     for work in projection:
@@ -83,15 +99,16 @@ def sample_flops(sample: QuerySample, stage: StageConfig) -> float:
     grids = sample.layout.tokens.grids
     return (
         pairs.cost(backbone_trains(stage), has_gradient(stage))
-        + _tower_flops(grids, stage)
+        + tower_flops(grids, stage)
         + _teacher_flops(sample.target_grids, stage)
     )
 
 
-def _tower_flops(grids: np.ndarray, stage: StageConfig) -> float:
+def tower_flops(grids: np.ndarray, stage: StageConfig, prefix: str = "") -> float:
+    """The vision encoder on images that are read."""
     if stage.data.feature_cache:  # Computed beforehand.
         return 0.0
-    trains = not is_frozen("vision_encoder", stage.train.trainable)
+    trains = not is_frozen(f"{prefix}vision_encoder", stage.train.trainable)
     embedding, rest = vision_work(stage.model.vision_encoder, grids)
     return embedding.cost(trains, passes_gradient=False) + rest.cost(trains, passes_gradient=trains)
 

@@ -10,6 +10,7 @@ from megatron_unimm.config.model import SiglipConfig, VisionEncoder
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow
+from megatron_unimm.data.sample import PackedRow
 from megatron_unimm.data.typical import LARGE_PHOTO, PHOTO, query_conversation_row, shares
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace
 from megatron_unimm.methods.mmcore.flops import (
@@ -42,7 +43,9 @@ class QueryLoad(VlmLoad):
     """With what the teacher looks at."""
 
     target_grids: np.ndarray
-    """int64 ``[F, 3]``."""
+    """int64 ``[F, 3]``; none where there is no teacher."""
+    pictures: int
+    """To be drawn, F."""
 
     @property
     def target_patches(self) -> int:
@@ -50,7 +53,13 @@ class QueryLoad(VlmLoad):
 
     @classmethod
     def of_row(cls, row: QueryRow, stage: StageConfig) -> "QueryLoad":
-        return cls(**vars(VlmLoad.of(row.tokens, stage)), target_grids=row.target_grids)
+        load = vars(VlmLoad.of(row.tokens, stage))
+        return cls(**load, target_grids=row.target_grids, pictures=len(row.target_grids))
+
+    @classmethod
+    def without_teacher(cls, row: PackedRow, pictures: int, stage: StageConfig) -> "QueryLoad":
+        load = vars(VlmLoad.of(row, stage))
+        return cls(**load, target_grids=np.zeros((0, 3), dtype=np.int64), pictures=pictures)
 
 
 class MMCoreFootprints:
@@ -76,7 +85,17 @@ class MMCoreFootprints:
         return place.first, place.last, tuple(layer_kinds(stage, place.layers, vlm_of(stage).lora).items())
 
     def chunk(self, stage: StageConfig, spread: Spread, place: ChunkPlace, row: QueryRow) -> ChunkFootprint:
-        return _Chunk(stage, spread, place, QueryLoad.of_row(row, stage)).footprint()
+        teacher = _teacher(stage, place)
+        return QueryChunk(stage, spread, place, QueryLoad.of_row(row, stage), teacher).footprint()
+
+
+def _teacher(stage: StageConfig, place: ChunkPlace) -> SiglipConfig | VisionEncoder | None:
+    """Where it is not the student's own vision encoder."""
+    teacher = vlm_of(stage).teacher
+    if isinstance(teacher, SiglipTeacher):
+        return teacher.encoder
+    own = place.first and keeps_vision_encoder(stage, frozen_parts(stage))
+    return None if stage.data.feature_cache or own else stage.model.vision_encoder
 
 
 def vlm_of(stage: StageConfig) -> QueryVlmConfig:
@@ -84,25 +103,32 @@ def vlm_of(stage: StageConfig) -> QueryVlmConfig:
     return stage.queries
 
 
-class _Chunk(VlmChunk):
-    """One chunk of one stage, and one row."""
+class QueryChunk(VlmChunk):
+    """One chunk of one stage, and one row.
+
+    Args:
+        teacher: where there is one that is not the student's own vision encoder.
+    """
 
     load: QueryLoad
 
-    def __init__(self, stage: StageConfig, spread: Spread, place: ChunkPlace, load: QueryLoad) -> None:
-        self.vlm, rules, frozen = vlm_of(stage), stage.train.trainable, frozen_parts(stage)
-        self.connector_trains = not is_frozen("query_connector", rules)
-        # Where it is not the student's own vision encoder.
-        self.teacher: SiglipConfig | VisionEncoder | None = None
-        if isinstance(self.vlm.teacher, SiglipTeacher):
-            self.teacher = self.vlm.teacher.encoder
-        elif not stage.data.feature_cache and not (place.first and keeps_vision_encoder(stage, frozen)):
-            self.teacher = stage.model.vision_encoder
+    def __init__(
+        self,
+        stage: StageConfig,
+        spread: Spread,
+        place: ChunkPlace,
+        load: QueryLoad,
+        teacher: SiglipConfig | VisionEncoder | None,
+        prefix: str = "",
+    ) -> None:
+        self.vlm, self.teacher = vlm_of(stage), teacher
+        self.connector_trains = not is_frozen(f"{prefix}query_connector", stage.train.trainable)
+        frozen = frozen_parts(stage, prefix)
         trained = Trained(
             tower=not frozen.vision_encoder,
-            backbone=backbone_trains(stage),
+            backbone=backbone_trains(stage, prefix),
             inputs=not frozen.inputs,
-            adapters=adapters_train(stage),
+            adapters=adapters_train(stage, prefix),
         )
         super().__init__(stage, spread, place, load, trained, self.vlm.lora)
         self.latent = self.vlm.latent_size(stage.model)
@@ -171,7 +197,7 @@ class _Chunk(VlmChunk):
     @property
     def _num_queries(self) -> int:
         """Q."""
-        return len(self.load.target_grids) * self.vlm.num_queries
+        return self.load.pictures * self.vlm.num_queries
 
     def inputs(self) -> float:
         target = self.load.target_patches if self.place.last and self._teaches else 0
@@ -191,7 +217,7 @@ class _Chunk(VlmChunk):
         if self.place.last:
             ranks = self.spread.parallel.context
             works.append((teacher_work(self.load.target_grids, self.stage).times(ranks), False, False))
-            layers, projection = connector_works(self.vlm, self.stage.model, len(self.load.target_grids))
+            layers, projection = connector_works(self.vlm, self.stage.model, self.load.pictures)
             for work, inner in ((layers.times(ranks), True), *((work, bool(n)) for n, work in enumerate(projection))):
                 behind = inner or bool(self.vlm.connector.num_layers)
                 works.append((work, self.connector_trains, passes or (behind and self.connector_trains)))

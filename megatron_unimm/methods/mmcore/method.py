@@ -92,11 +92,15 @@ class MMCore:
         return {"queries": self.vlm.model_dump(mode="json")}
 
 
-def frozen_parts(stage: StageConfig) -> FrozenParts:
-    """What the table of trainables leaves out."""
+def frozen_parts(stage: StageConfig, prefix: str = "") -> FrozenParts:
+    """What the table of trainables leaves out.
+
+    Args:
+        prefix: before the names of the VLM's parameters.
+    """
     rules = stage.train.trainable
     return FrozenParts(
-        vision_encoder=is_frozen("vision_encoder", rules),
-        backbone=is_frozen("backbone", rules),
-        inputs=is_frozen("query_tokens", rules),
+        vision_encoder=is_frozen(f"{prefix}vision_encoder", rules),
+        backbone=is_frozen(f"{prefix}backbone", rules),
+        inputs=is_frozen(f"{prefix}query_tokens", rules),
     )

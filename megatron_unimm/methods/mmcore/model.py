@@ -53,7 +53,8 @@ class MMCoreVlm(VlmModel):
         self.vlm = vlm
         self.has_own_teacher = self.pre_process and keeps_vision_encoder(stage, frozen)
         if vlm.lora is not None:
-            self.lora_used = add_lora(self.backbone, vlm.lora, self.backend, groups.collection, stage.train.seed)
+            used = add_lora(self.backbone, vlm.lora, self.backend, groups.collection, stage.train.seed)
+            self.lora_used["queries.lora"] = used
         # New weights come from the seed alone, not from what this rank drew before: the same at every layout.
         if self.pre_process:
             torch.manual_seed(stage.train.seed)

@@ -21,6 +21,7 @@ from megatron_unimm.models.memory import (
     decoder_layer_weights,
     final_norm_kept,
     layer_kept,
+    layer_pass,
     logits_kept,
     num_mixtures,
     tower_kept,
@@ -187,14 +188,15 @@ class VlmChunk:
         }
 
     def _layers_kept(self) -> Kept:
-        kept = Kept()
+        kept, shape = Kept(), LayerShape.of_backbone(self.backbone)
         if not self.has_gradient:
+            for experts, _ in self.layers:
+                kept += layer_pass(shape, self.spread, self.load.tokens, self.backbone.moe if experts else None)
             return kept
         if self.place.first:
             # The first layer's input is a part of what deepstack levels stand in, too.
             levels = len(self.encoder.deepstack_layers) * self.spread.between(self.load.tokens)
             kept += Kept(levels * self.backbone.hidden_size * self.spread.itemsize)
-        shape = LayerShape.of_backbone(self.backbone)
         for (experts, adapted), count in self.layers.items():
             moe = self.backbone.moe if experts else None
             layer = layer_kept(

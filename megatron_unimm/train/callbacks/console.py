@@ -75,9 +75,15 @@ class Console(Callback):
             self._bar.stop()
 
 
+REWARD = "reward/total"
+"""What a method that learns from rewards adds to records."""
+
+
 def summary(record: Record) -> str:
     """Losses, gradient norm, learning rate and speed on one line."""
     parts = [f"{SHORT.get(name, name)} {value:.3g}" for name, value in record.losses.items() if "/" not in name]
+    if REWARD in record.extra:
+        parts.append(f"reward {record.extra[REWARD]:.3f}")
     parts += [f"|g| {record.gradient_norm:.3g}", f"lr {max(record.learning_rates.values(), default=0.0):.2g}"]
     split = time_split(record)
     parts.append(f"{compact(record.tokens_per_second)} tok/s" + (f" ({split})" if split else ""))

@@ -14,11 +14,11 @@ from megatron_unimm.evaluate.suites import suite_of
 from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.paint import Painter
 from megatron_unimm.train.callbacks.base import Callback
+from megatron_unimm.train.callbacks.live import live_generator
 from megatron_unimm.train.json_lines import append_line, keep_lines
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.optimizer import gathered_parameters
 from megatron_unimm.train.record import Record
-from megatron_unimm.train.setup import chat_format
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class Evaluator(Callback):
         self._done_at = 0
         self.painter: Painter | None = None
         painting = [suite.name for suite in self.suites if suite.needs_pixels]
-        if painting and not stage.train.logging.decoder:
+        self.draws_itself = stage.method.trunk == "mmdit"
+        if painting and not (self.draws_itself or stage.train.logging.decoder):
             raise ConfigError(
                 "train.evaluation.suites",
                 f"{', '.join(painting)} judges pixels; give an image decoder's checkpoint as train.logging.decoder",
@@ -117,19 +118,9 @@ class Evaluator(Callback):
 
     def _live(self, loop: Loop) -> Generator:
         if self._generator is None:
-            chunks = [wrapped.module for wrapped in loop.train_step.chunks]
-            if any(suite.needs_pixels for suite in self.suites):
+            if any(suite.needs_pixels for suite in self.suites) and not self.draws_itself:
                 self.painter = load_painter(loop)
-            self._generator = Generator(
-                chunks,
-                loop.stage,
-                loop.groups,
-                loop.platform,
-                chat_format(loop.stage),
-                draws=True,
-                origin=loop.stage.name,
-                painter=self.painter,
-            )
+            self._generator = live_generator(loop, self.painter)
         return self._generator
 
 

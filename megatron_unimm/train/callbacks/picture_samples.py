@@ -13,21 +13,23 @@ from megatron_unimm.generate.paint import Painter, PaintRequest
 from megatron_unimm.generate.png import picture_grid
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.train.callbacks.evaluator import load_painter
+from megatron_unimm.train.callbacks.live import live_generator
 from megatron_unimm.train.loop import Loop
 from megatron_unimm.train.optimizer import gathered_parameters
-from megatron_unimm.train.setup import chat_format
 
 
 class PictureSamples:
     """Draws every ``train.logging.pictures_every_steps``, and after the last step; all ranks take part.
 
-    A stage that trains an image decoder draws the first pictures of its sources again, each beside the true one. A
-    stage of the language model draws ``train.logging.picture_prompts`` with the decoder ``train.logging.decoder``.
+    A stage that trains an image decoder draws the first pictures of its sources again, each beside the true one. Other
+    stages draw ``train.logging.picture_prompts``: by themselves, or a language model with the decoder
+    ``train.logging.decoder``.
     """
 
     def __init__(self, stage: StageConfig) -> None:
         self.logging = stage.train.logging
-        self.draws_again = stage.method.trunk == "mmdit"
+        self.draws_itself = stage.method.trunk == "mmdit"
+        self.draws_again = self.draws_itself and not stage.method.needs_queries
         self._painter: Painter | None = None
         self._generator: Generator | None = None
         self._truth: list[tuple[np.ndarray, PaintRequest]] = []
@@ -35,7 +37,9 @@ class PictureSamples:
     def is_due(self, loop: Loop) -> bool:
         """Whether pictures of the step that has just ended are wanted."""
         every = self.logging.pictures_every_steps
-        if every is None or not (self.draws_again or (self.logging.picture_prompts and self.logging.decoder)):
+        if every is None or not (
+            self.draws_again or (self.logging.picture_prompts and (self.draws_itself or self.logging.decoder))
+        ):
             return False
         return loop.step % every == 0 or loop.step == loop.total_steps
 
@@ -55,18 +59,8 @@ class PictureSamples:
 
     def _draw_prompts(self, loop: Loop) -> np.ndarray:
         if self._generator is None:
-            stage = loop.stage
-            chunks = [wrapped.module for wrapped in loop.train_step.chunks]
-            self._generator = Generator(
-                chunks,
-                stage,
-                loop.groups,
-                loop.platform,
-                chat_format(stage),
-                draws=True,
-                origin=stage.name,
-                painter=load_painter(loop),
-            )
+            painter = None if self.draws_itself else load_painter(loop)
+            self._generator = live_generator(loop, painter)
         prompts = self.logging.picture_prompts
         asked = [
             self._generator.prompt([Turn("user", (prompt,))], open_image=True, number=number)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_unimm.config.load import dump
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.loader import StepBatch
+from megatron_unimm.generate.png import picture_grid
 from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.callbacks.markdown import code_block
 from megatron_unimm.train.callbacks.picture_samples import PictureSamples
@@ -69,6 +70,10 @@ class TensorBoard(Callback):
     def on_record(self, loop: Loop, record: Record) -> None:
         if self._writer is None:
             return
+        if loop.rollouts is not None and loop.rollouts.figures.pictures:
+            captions, pictures = zip(*loop.rollouts.figures.pictures, strict=True)
+            grid = picture_grid(list(pictures), list(captions), columns=8)
+            self._writer.add_image("rollout", grid, record.step, dataformats="HWC")
         for tag, value in scalars(record, self._requested, self.stage.train.logging.per_module_grad_norm).items():
             self._writer.add_scalar(tag, value, record.step)
         # A record is rare enough to be on disk at once; a job that is killed leaves all of them.

@@ -1,7 +1,7 @@
 """Model FLOPs of rows of MMCORE's diffusion transformer: what is counted and how is said in ``models/flops.py``.
 
-Counted are all products of the diffusion transformer, and the frozen VLM's decoder and vision encoder. Left out are the
-VAE, whose convolutions are no matrix products, and connector and pathways, a few layers on the condition's tokens.
+Counted are all products of the diffusion transformer and of the VLM. Left out are the VAE, whose convolutions are no
+matrix products, and the pathways, two layers on the condition's tokens.
 """
 
 import numpy as np
@@ -9,21 +9,24 @@ import numpy as np
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample
 from megatron_unimm.methods.drawing.flops import MMDiTLoad, mmdit_cost
-from megatron_unimm.models.flops import causal_pairs, decoder_work, vision_work
+from megatron_unimm.methods.mmcore.diffusion.model import VLM, vlm_stage
+from megatron_unimm.methods.mmcore.flops import backbone_trains, has_gradient, latents_flops, tower_flops
+from megatron_unimm.models.flops import causal_pairs, decoder_work
 from megatron_unimm.models.mmdit.frames import Frames
+
+CONDITION = ("pathways", VLM.removesuffix("."))
+"""Parts that make the condition."""
 
 
 def row_flops(row: FrameRow, stage: StageConfig) -> float:
     """Model FLOPs of one row, forward and backward, over all ranks that share it."""
-    pairs = causal_pairs(row.conversation.segment_bounds)
-    decoder = decoder_work(stage.model.backbone, row.conversation.num_tokens, pairs)
-    total = mmdit_cost(load_of(row), stage, "pathways") + decoder.cost(trains=False, passes_gradient=False)
-    return total + _tower(row.conversation.grids, stage)
+    vlm = latents_flops(row.conversation, row.num_images, vlm_stage(stage), VLM)
+    return mmdit_cost(load_of(row), stage, *CONDITION) + vlm
 
 
 def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vectors, and
-    the VLM."""
+    the VLM without its connector."""
     frames = Frames(
         sizes=np.array([sample.sizes[number] for number, _ in sample.entries]),
         num_condition=np.array([0 if clean else sample.num_condition[number] for number, clean in sample.entries]),
@@ -32,9 +35,11 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
         is_clean=np.array([clean for _, clean in sample.entries]),
     )
     load = MMDiTLoad(0, 0, len(frames), *_pairs(frames))
-    decoder = decoder_work(stage.model.backbone, len(sample.layout), causal_pairs((0, len(sample.layout))))
-    vlm = decoder.cost(trains=False, passes_gradient=False) + _tower(sample.layout.tokens.grids, stage)
-    return mmdit_cost(load, stage, "pathways") + vlm
+    pairs = causal_pairs((0, len(sample.layout)))
+    decoder = decoder_work(stage.model.backbone, len(sample.layout), pairs)
+    vlm = decoder.cost(backbone_trains(stage, VLM), has_gradient(stage, VLM))
+    vlm += tower_flops(sample.layout.tokens.grids, vlm_stage(stage), VLM)
+    return mmdit_cost(load, stage, *CONDITION) + vlm
 
 
 def load_of(row: FrameRow) -> MMDiTLoad:
@@ -53,8 +58,3 @@ def _pairs(frames: Frames) -> tuple[float, float]:
         joint += (tokens[place] + condition) * (tokens[place] + condition + seen)
         image += tokens[place] * (tokens[place] + seen)
     return joint, image
-
-
-def _tower(grids: np.ndarray, stage: StageConfig) -> float:
-    embedding, rest = vision_work(stage.model.vision_encoder, grids)
-    return (embedding + rest).cost(trains=False, passes_gradient=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_unimm.config.layout import stream_multiple
-from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.methods import DropoutSchedule, MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
@@ -32,10 +32,10 @@ from megatron_unimm.methods.mmcore.diffusion.model import (
     DiffusionBatch,
     MMCoreDiffusionModel,
 )
+from megatron_unimm.methods.mmcore.method import frozen_parts
 from megatron_unimm.methods.vlm.layout import alignment
 from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
-from megatron_unimm.models.trainable import is_frozen
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -75,9 +75,7 @@ class MMCoreDiffusion:
         return {"vae": Path(self.stage.generator_checkpoint)}
 
     def model_parts(self) -> dict[str, Path]:
-        """Where parts come from that the checkpoint of the stage before does not hold."""
-        generator, base = Path(self.stage.generator_checkpoint), Path(self.stage.base_checkpoint)
-        return {"mmdit": generator, "vae": generator, "vision_encoder": base, "backbone": base}
+        return model_parts(self.stage)
 
     def counts(self, rows: Sequence[FrameRow]) -> list[int]:
         return learned_counts(rows, self.config.flow)
@@ -125,32 +123,38 @@ class MMCoreDiffusion:
 
 def frozen_vlm(stage: StageConfig) -> FrozenParts:
     """What the table of trainables leaves out of the VLM."""
-    rules = stage.train.trainable
-    return FrozenParts(
-        vision_encoder=is_frozen(f"{VLM}vision_encoder", rules),
-        backbone=is_frozen(f"{VLM}backbone", rules),
-        inputs=is_frozen(f"{VLM}query_tokens", rules),
-    )
+    return frozen_parts(stage, VLM)
+
+
+def model_parts(stage: StageConfig) -> dict[str, Path]:
+    """Where parts come from that the checkpoint of the stage before does not hold."""
+    generator, base = Path(stage.generator_checkpoint), Path(stage.base_checkpoint)
+    return {"mmdit": generator, "vae": generator, "vision_encoder": base, "backbone": base}
+
+
+NO_DROPOUT = DropoutSchedule(start=0.0, end=0.0)
 
 
 def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
     """What is done to samples; see :meth:`MMCoreDiffusion.work`."""
-    assert isinstance(stage.method, MMCoreDiffusionConfig)
+    method = stage.method
+    assert isinstance(method, MMCoreDrawing)
     assert stage.generator is not None
     assert stage.queries is not None
     assert stage.data.drawing_size is not None
     check_size(stage.data.drawing_size, stage.generator.token_pixels, "data.drawing_size")
     parallel = stage.system.parallel
     aligned = alignment(stage)
+    drops = isinstance(method, MMCoreDiffusionConfig)
     return FrameWork(
         generator=stage.generator,
         chat=data.chat(),
         vlm=stage.queries,
         sources=data.sources,
         seed=stage.train.seed,
-        text_dropout=stage.method.text_dropout,
-        visual_dropout=stage.method.visual_dropout,
-        max_frames=stage.method.max_frames,
+        text_dropout=method.text_dropout if drops else NO_DROPOUT,
+        visual_dropout=method.visual_dropout if drops else NO_DROPOUT,
+        max_frames=method.max_frames,
         stream_multiple=stream_multiple(stage),
         vlm_alignment=aligned,
         vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),

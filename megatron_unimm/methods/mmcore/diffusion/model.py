@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.methods import MMCoreDrawing
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
@@ -23,6 +23,7 @@ from megatron_unimm.methods.drawing.model import DrawingBatch, DrawingModel
 from megatron_unimm.methods.mmcore.batch import MMCoreBatch
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.vlm.model import FrozenParts
+from megatron_unimm.models.lora import add_lora
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.pathways import DualPathway
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -36,8 +37,8 @@ VLM = "vlm."
 class ConditionInput:
     """What the first stage makes the condition of."""
 
-    conversation: MMCoreBatch
-    """For the VLM."""
+    conversation: MMCoreBatch | None
+    """For the VLM; None where what it says was computed beforehand."""
     word_index: Tensor
     """int64 ``[V]``: in its row."""
     order: Tensor
@@ -46,6 +47,10 @@ class ConditionInput:
     """``[V]``: 0 where words are left out."""
     visual_kept: Tensor
     """``[Q]``."""
+    words: Tensor | None = None
+    """``[V, H]``, computed beforehand, as the next."""
+    latents: Tensor | None = None
+    """``[Q, D]``."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,16 @@ class MMCoreDiffusionModel(DrawingModel):
     ) -> None:
         super().__init__(stage, platform, groups, virtual_stage)
         method, queries, mmdit = stage.method, stage.queries, self.model.mmdit
-        assert isinstance(method, MMCoreDiffusionConfig)
+        assert isinstance(method, MMCoreDrawing)
         assert queries is not None
+        if method.lora is not None:
+            used = add_lora(self.mmdit, method.lora, self.backend, groups.collection, stage.train.seed)
+            self.lora_used["method.lora"] = used
         if self.pre_process:
             self.vlm = MMCoreVlm(
                 vlm_stage(stage), queries, platform, groups.without_pipeline(), frozen, with_teacher=False
             )
-            self.lora_used = self.vlm.lora_used
+            self.lora_used |= self.vlm.lora_used
             # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
             torch.manual_seed(stage.train.seed)
             self.pathways = DualPathway(
@@ -103,8 +111,12 @@ class MMCoreDiffusionModel(DrawingModel):
     def conditions(self, batch: DrawingBatch) -> Tensor:
         assert isinstance(batch, DiffusionBatch)
         assert batch.condition is not None
-        hidden, latents = self.vlm.condition(batch.condition.conversation)  # [T, H], [Q, D]
-        return self.condition(hidden.index_select(0, batch.condition.word_index), latents, batch.condition)
+        words, latents = batch.condition.words, batch.condition.latents
+        if words is None or latents is None:
+            assert batch.condition.conversation is not None
+            hidden, latents = self.vlm.condition(batch.condition.conversation)  # [T, H], [Q, D]
+            words = hidden.index_select(0, batch.condition.word_index)
+        return self.condition(words, latents, batch.condition)
 
     def condition(self, words_VH: Tensor, latents_QD: Tensor, condition: ConditionInput) -> Tensor:
         """``[V + Q, C]`` in the order of the text stream."""
@@ -119,8 +131,8 @@ class MMCoreDiffusionModel(DrawingModel):
 
 
 def vlm_stage(stage: StageConfig) -> StageConfig:
-    """The stage as its VLM is built: whole on one pipeline stage, never in FP8 (its rows have any length), and with
-    nothing recomputed."""
+    """The stage as its VLM is built: whole on one pipeline stage, never in FP8 (its rows have any length), with nothing
+    recomputed, and its images never computed beforehand."""
     parallel = stage.system.parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "layers_per_stage": None})
     system = SystemConfig(
         platform=stage.system.platform,
@@ -128,4 +140,5 @@ def vlm_stage(stage: StageConfig) -> StageConfig:
         parallel=parallel,
         precision=PrecisionConfig(dtype=stage.system.precision.dtype),
     )
-    return stage.model_copy(update={"system": system})
+    data = stage.data.model_copy(update={"feature_cache": ""})
+    return stage.model_copy(update={"system": system, "data": data})
