@@ -1,4 +1,4 @@
-"""MMCORE's recipes for its VLM: they load, fit their machines, and carry what the paper says."""
+"""MMCORE's recipes: they load, fit their machines, and carry what the paper says."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import yaml
 
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.load import dump, load_recipe
-from megatron_unimm.config.methods import MMCoreConfig
+from megatron_unimm.config.methods import MMCoreConfig, MMCoreDiffusionConfig
 from megatron_unimm.config.model import SiglipConfig
 from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
@@ -31,7 +31,8 @@ def vlm_stage(path: str) -> StageConfig:
 @pytest.mark.parametrize("path", WORLD_SIZES)
 def test_recipes_load_and_fit(path: str, tmp_path: Path) -> None:
     recipe = load_recipe(path)
-    assert check_layout(recipe.stages["vlm"], WORLD_SIZES[path]) >= 1
+    for stage in recipe.stages.values():
+        assert check_layout(stage, WORLD_SIZES[path]) >= 1
     (tmp_path / "dump.yaml").write_text(dump(recipe))
     assert load_recipe(tmp_path / "dump.yaml") == recipe
 
@@ -74,3 +75,33 @@ def test_own_teacher_has_whole_cells() -> None:
     assert stage.queries is not None
     side = stage.data.generation_size.max_side // stage.model.vision_encoder.token_pixels
     assert side == 2 * stage.queries.grid[0] == 2 * stage.queries.grid[1]
+
+
+@pytest.mark.parametrize("path", WORLD_SIZES)
+def test_what_draws_trains_behind_the_frozen_vlm(path: str) -> None:
+    """Section 3.2: more words than visual latents are left out at first, then as many; the fine-tuning after it keeps
+    "the same dropout settings", learns more slowly, and starts from it."""
+    recipe = load_recipe(path)
+    first, second = recipe.stages["diffusion"], recipe.stages["diffusion_sft"]
+    assert (first.after, second.after) == ("vlm", "diffusion")
+    for stage in (first, second):
+        rules = [(rule.pattern, rule.train) for rule in stage.train.trainable]
+        assert rules == [("vlm.*", False), ("vae.*", False), ("*", True)]
+        assert {source.kind for source in stage.data.sources.values()} == {"text_to_image", "editing", "interleaved"}
+    assert isinstance(first.method, MMCoreDiffusionConfig)
+    assert isinstance(second.method, MMCoreDiffusionConfig)
+    assert first.method.text_dropout.at(0) > first.method.visual_dropout.at(0)
+    for rates in ("text_dropout", "visual_dropout"):
+        end, same = vars(first.method)[rates].end, vars(second.method)[rates]
+        assert same.at(0) == same.at(10**6) == end
+    assert second.train.schedule.max_learning_rate < first.train.schedule.max_learning_rate
+
+
+@pytest.mark.parametrize("path", LARGE)
+def test_fine_tuning_has_data_of_its_own(path: str) -> None:
+    """Section 3.2: "a specialized high-quality dataset"."""
+    recipe = load_recipe(path)
+    paths = [
+        {source.path for source in recipe.stages[name].data.sources.values()} for name in ("diffusion", "diffusion_sft")
+    ]
+    assert not paths[0] & paths[1]

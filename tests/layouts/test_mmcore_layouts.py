@@ -1,5 +1,5 @@
-"""MMCORE's VLM stage at every layout against one rank: same checkpoint, same data, fp32. Understanding, text to image
-and edits, some of several turns whose first pictures are read again."""
+"""MMCORE's VLM and its diffusion transformer at every layout against one rank: same checkpoint, same data, same noise,
+fp32. Understanding, text to image and edits, some of several turns whose first pictures are read again."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parallel_layouts import DEEPSTACK, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
+from test_parallel_layouts import DEEPSTACK, OVERLAP, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
 
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.data.shapes import write_shapes
@@ -34,6 +34,18 @@ MODELS = {
     "frozen": (*WIDE, *SAME, "queries.connector={num_layers: 3, projection: linear}", f"train.trainable=[{NEW}]"),
     "lora": (*SAME, "queries.lora={rank: 4}", f"train.trainable=[{{pattern: 'backbone.*lora_*'}}, {NEW}]"),
 }
+FLUX = (
+    "generator.mmdit={family: flux, num_layers: 2, num_single_layers: 2, num_heads: 4, head_size: 8,"
+    " rotary_axes: [2, 2, 4], latent_channels: 4, condition_size: 24, pooled_size: 12, guidance: true}"
+)
+DRAWN_NEW = "{pattern: 'vlm.query_tokens.*'}, {pattern: 'vlm.query_connector.*'}, {pattern: 'vlm.*', train: false}"
+DRAWING = {
+    "draws_sd3": ("generator.mmdit.dual_attention_layers=[0, 2]",),
+    "draws_flux": (FLUX,),
+    "draws_and_queries": (FLUX, f"train.trainable=[{DRAWN_NEW}, {{pattern: 'vae.*', train: false}}, {{pattern: '*'}}]"),
+    "draws_moe": MODELS["moe"],
+}
+"""Of the diffusion transformer's stage: all that draws trains, and in one case queries behind the frozen backbone."""
 LAYOUTS = [
     Layout("tp2", 2, (TP2,)),
     Layout("tp2_sp", 2, (TP2, SP)),
@@ -41,7 +53,7 @@ LAYOUTS = [
     Layout("pp2_vpp2", 2, (PP2, VPP2)),
     Layout("cp2", 2, (CP2,)),
     Layout("dp2", 2, ()),
-    Layout("dp2_overlap", 2, ("system.overlap={grad_reduce: true, param_gather: true}",)),
+    Layout("dp2_overlap", 2, (OVERLAP,)),
     Layout("tp2_sp_pp2", 4, (TP2, SP, PP2, FULL_RECOMPUTE)),
     Layout("ep2", 2, (EP2,), "moe"),
     Layout("tp2_sp_levels", 2, (TP2, SP), "levels"),
@@ -53,6 +65,19 @@ LAYOUTS = [
     Layout("cp2_frozen", 2, (CP2,), "frozen"),
     Layout("tp2_sp_lora", 2, (TP2, SP), "lora"),
     Layout("pp2_lora", 2, (PP2,), "lora"),
+    Layout("tp2", 2, (TP2,), "draws_flux"),
+    Layout("tp2_sp", 2, (TP2, SP), "draws_and_queries"),
+    Layout("pp2", 2, (PP2,), "draws_and_queries"),
+    Layout("pp2_vpp2", 2, (PP2, VPP2), "draws_flux"),
+    Layout("cp2", 2, (CP2,), "draws_and_queries"),
+    Layout("dp2_overlap", 2, (OVERLAP,), "draws_flux"),
+    Layout("tp2_sp_pp2", 4, (TP2, SP, PP2, FULL_RECOMPUTE), "draws_flux"),
+    Layout("tp2", 2, (TP2,), "draws_sd3"),
+    Layout("tp2_sp", 2, (TP2, SP), "draws_sd3"),
+    Layout("pp2_vpp2", 2, (PP2, VPP2), "draws_sd3"),
+    Layout("cp2", 2, (CP2,), "draws_sd3"),
+    Layout("tp2_sp_pp2", 4, (TP2, SP, PP2), "draws_sd3"),
+    Layout("ep2", 2, (EP2,), "draws_moe"),
 ]
 SEED = "train.seed=7"
 """So that the first step has an edit of several turns."""
@@ -72,23 +97,40 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, weight in KINDS.items():
         data += [f"data.sources.{kind}.path={root}/data/train/{kind}.jsonl", f"data.sources.{kind}.weight={weight}"]
 
-    def task(name: str, model: str, *overrides: str) -> dict:
-        folder = root / model
-        settings = [*data, "queries.num_queries=6", SEED, *MODELS[model], *overrides]
+    def task(stage: str, name: str, model: str, *overrides: str) -> dict:
+        folder, read = root / model, [each for each in data if stage == "vlm" or "understanding" not in each]
+        settings = [*read, "queries.num_queries=6", SEED, *(MODELS | DRAWING)[model], *overrides]
+        if stage == "vlm" and model in DRAWING:  # another table of what trains
+            settings = [each for each in settings if not each.startswith("train.trainable")]
         settings = [each.replace("FOLDER", str(folder)) for each in settings]
-        return {"folder": str(folder), "recipe": "mmcore", "stage": "vlm", "name": name, "overrides": settings}
+        return {"folder": str(folder), "recipe": "mmcore", "stage": stage, "name": name, "overrides": settings}
 
-    for model in MODELS:
+    for model in (*MODELS, *DRAWING):
         (root / model).mkdir()
-    start_worker(1, [task(name, model) for model in MODELS for name in ("init", "one_rank")])
+    references = [task("vlm", name, model) for model in MODELS for name in ("init", "one_rank")]
+    for model in DRAWING:
+        references.append(task("vlm", "init", model))
+        references += [task("diffusion", name, model) for name in ("init", "one_rank")]
+    start_worker(1, references)
     for ranks in (2, 4):
         chosen = [layout for layout in LAYOUTS if layout.ranks == ranks]
-        start_worker(ranks, [task(layout.name, layout.model, *layout.overrides) for layout in chosen])
+        start_worker(
+            ranks, [task(stage_of(layout.model), layout.name, layout.model, *layout.overrides) for layout in chosen]
+        )
     return root
+
+
+def stage_of(model: str) -> str:
+    return "diffusion" if model in DRAWING else "vlm"
 
 
 def result(root: Path, layout: Layout) -> dict:
     return json.loads((root / layout.model / f"{layout.name}.json").read_text())
+
+
+def edits_of_several_turns(root: Path) -> list[str]:
+    lines = [json.loads(line) for line in (root / "data/train/editing.jsonl").read_text().splitlines()]
+    return [line["id"] for line in lines if [turn["from"] for turn in line["conversations"]].count("gpt") > 1]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -98,9 +140,7 @@ def test_reference_has_everything(model: str, root: Path) -> None:
     found = result(root, Layout("one_rank", 1, (), model))
     first = found["steps"][0]
     assert first["kinds"] == sorted(KINDS)
-    lines = [json.loads(line) for line in (root / "data/train/editing.jsonl").read_text().splitlines()]
-    several = [line["id"] for line in lines if [turn["from"] for turn in line["conversations"]].count("gpt") > 1]
-    assert any(name.endswith(each) for name in first["samples"] for each in several)
+    assert any(name.endswith(each) for name in first["samples"] for each in edits_of_several_turns(root))
     assert min(first["losses"]) > 0.1
     norms = dict(zip(found["modules"], first["modules"], strict=True))
     parts = TRAINED.get(model, {"vision_encoder", "backbone", "query_tokens", "query_connector"})
@@ -115,7 +155,22 @@ def test_reference_has_everything(model: str, root: Path) -> None:
         assert bool(layers) == (model in ("connector", "frozen"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("model", DRAWING)
+def test_reference_draws_three_frames(model: str, root: Path) -> None:
+    """Edits of several turns (a picture that is given and two that are drawn) beside text to image, a loss, and
+    gradients in every part that trains."""
+    found = result(root, Layout("one_rank", 1, (), model))
+    first = found["steps"][0]
+    assert first["kinds"] == ["editing", "text_to_image"]
+    assert any(name.endswith(each) for name in first["samples"] for each in edits_of_several_turns(root))
+    assert first["losses"][0] > 0.1
+    parts = {"mmdit", "pathways"} | ({"vlm"} if model == "draws_and_queries" else set())
+    parts |= set() if model in ("draws_flux", "draws_and_queries") else {"frame_embedding"}
+    norms = dict(zip(found["modules"], first["modules"], strict=True))
+    assert {name.split(".")[0] for name, norm in norms.items() if norm > 1e-6} == parts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.model}-{layout.name}")
 def test_layout_equals_one_rank(layout: Layout, root: Path) -> None:
     """Losses and gradient norms of three steps, and every tensor's gradient of the first."""
     one_rank = replace(layout, name="one_rank")
@@ -127,7 +182,7 @@ def test_layout_equals_one_rank(layout: Layout, root: Path) -> None:
             torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=1e-9, msg=f"step {number}, {name}")
         assert step["norm"] == pytest.approx(reference["norm"], rel=TOLERANCE), f"step {number}"
         pairs = zip(step["losses"], reference["losses"], strict=True)
-        worst_loss = max(worst_loss, *(abs(found - wanted) / wanted for found, wanted in pairs))
+        worst_loss = max(worst_loss, *(abs(found - wanted) / max(wanted, 1e-9) for found, wanted in pairs))
     worst = worst_gradient_difference(root / layout.model / "one_rank", root / layout.model / layout.name)
-    print(f"{layout.name:14} losses {worst_loss:.1e}  worst gradient {worst[0]:.1e} {worst[1]}")
+    print(f"{layout.model:18} {layout.name:14} losses {worst_loss:.1e}  worst gradient {worst[0]:.1e} {worst[1]}")
     assert worst[0] < TOLERANCE, worst

@@ -4,9 +4,10 @@ what must not depend on it. Started by torchrun.
 usage: worker.py '[{"folder": …, "recipe": "orion", "stage": …, "name": …, "overrides": […]}, …]'
 
 A task named init writes random checkpoints from one rank: for language models FOLDER/base and FOLDER/start (and
-FOLDER/siglip where that is the teacher), for an image decoder FOLDER/start, which is its image generator (FOLDER/base
-comes from the other). Any other name writes FOLDER/NAME.json (losses, gradient norms) and FOLDER/NAME (gradients of the
-first step). One start serves many layouts, since importing takes longer than training.
+FOLDER/siglip where that is the teacher), for what draws FOLDER/start, which is its image generator, with the language
+model where there is one beside it (FOLDER/base comes from the other). Any other name writes FOLDER/NAME.json (losses,
+gradient norms) and FOLDER/NAME (gradients of the first step). One start serves many layouts, since importing takes
+longer than training.
 """
 
 import json
@@ -64,7 +65,7 @@ GENERATOR = (
     "generator.mmdit.latent_channels=4",
     "generator.vae={latent_channels: 4, block_channels: [8, 8, 8, 8], norm_groups: 4}",
 )
-RECIPES = {"orion": (*SMALL, *GENERATOR), "mmcore": SMALL}
+RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR))
 """With smaller models, of four layers."""
 
 
