@@ -5,23 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_unimm.checkpoint.folder import LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import MANIFEST, MARKER, temporary_name
 from megatron_unimm.convert.pipeline import part_names
 from megatron_unimm.errors import CheckpointError
 
-PARTS = {
-    "vision_head": "Maps a hidden state of the language model to the next visual token (ORION).",
-    "query_tokens": "Learned tokens that the language model reads after the prompt (MMCORE, HieraQuery).",
-    "connector": "Maps what the language model says of the query tokens to the image generator (MMCORE, HieraQuery).",
-}
-"""Parts that no Hugging Face class has, and what they do: folders in an exported folder, prefixes of tensors."""
-PART_README = """# {title}
-
-{what}
-
-It is no part of the Hugging Face model in the folder above, which loads without it; `unimm convert import` takes it
-back in. `config.json` says how it is built, `model.safetensors` holds its weights.
-"""
 SPARE_BYTES = 64 << 20
 """Room for headers, indices and tokenizer files."""
 COMPANIONS = (
@@ -48,8 +36,8 @@ SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ""}
 
 def companions(folder: Path) -> dict[str, Path]:
     """Config, tokenizer and processor files of a Hugging Face folder, by their path in it; of a pipeline also those of
-    its parts."""
-    parts = [folder, *(folder / name for name in part_names(folder))]
+    its parts, and of a language model beside it."""
+    parts = [folder, *(folder / name for name in (*part_names(folder), LANGUAGE_MODEL))]
     found = {path for part in parts for pattern in COMPANIONS for path in part.glob(pattern)}
     return {
         path.relative_to(folder).as_posix(): path

@@ -24,14 +24,7 @@ def import_checkpoint(hf_dir: Path, ckpt_dir: Path) -> None:
             tensor, or the target exists or has no room.
     """
     with HfModel(hf_dir) as model:
-        meta: dict[str, Any] = {
-            "kind": "base_model",
-            "family": model.family.name,
-            "layout": model.layout,
-            "architecture": model.config.model_dump(mode="json"),
-            "source": str(hf_dir.resolve()),
-            **model.parts,
-        }
+        meta: dict[str, Any] = {"kind": "base_model", "source": str(hf_dir.resolve()), **model.meta}
         pieces = [piece for entry in model.entries for piece in _pieces(entry)]
         total = sum(piece.nbytes for piece in pieces)
         check_target(ckpt_dir, total)

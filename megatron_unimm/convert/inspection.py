@@ -11,9 +11,10 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from megatron_unimm.checkpoint.folder import LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import MARKER, STEP_NAME, is_committed, read_manifest
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.convert.folders import PARTS
+from megatron_unimm.convert.parts import PARTS
 from megatron_unimm.convert.pipeline import PIPELINE, TRANSFORMER, VAE, architectures_of, is_model_folder, read_model
 from megatron_unimm.convert.reader import HfFolder
 from megatron_unimm.convert.transforms import Shape
@@ -55,14 +56,9 @@ def _checkpoint(path: Path) -> Group:
 
 def _hf_folder(path: Path) -> Group:
     architectures = ", ".join(architectures_of(read_model(path)) or ["of an unnamed architecture"])
-    lines = [
-        line
-        for folder in ((TRANSFORMER, VAE) if (path / PIPELINE).is_file() else ("",))
-        for line in _hf_lines(path / folder, folder and f"{folder}/")
-    ]
-    for part in PARTS:
-        if (path / part).is_dir():
-            lines += _hf_lines(path / part, f"{part}/")
+    models = (TRANSFORMER, VAE) if (path / PIPELINE).is_file() else ("",)
+    beside = [folder for folder in (LANGUAGE_MODEL, *PARTS) if (path / folder).is_dir()]
+    lines = [line for folder in (*models, *beside) for line in _hf_lines(path / folder, folder and f"{folder}/")]
     return Group(Text(f"Hugging Face folder {path}: {architectures}"), _tensor_table(lines))
 
 

@@ -3,9 +3,11 @@
 model_index.json            class of each part: "vae": ["diffusers", "AutoencoderKL"]
 transformer/  vae/          config.json, diffusion_pytorch_model.safetensors: what we convert
 scheduler/  tokenizer/  …   small files only; weights of text encoders are not built
+language_model/             a model of transformers that conditions it (MMCORE), with parts of ours beside it
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,16 @@ def config_files(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     index = config | {name: ["diffusers", content["_class_name"]] for name, content in parts.items()}
     files = {f"{name}/{'scheduler_config.json' if name == SCHEDULER else CONFIG}": parts[name] for name in parts}
     return {PIPELINE: index} | files
+
+
+def without_text_encoders(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of a pipeline, by their path in it, without those of tokenizers and text encoders: its transformer has
+    learned to be conditioned on something else."""
+    index: dict[str, Any] = json.loads(files[PIPELINE])
+    others = {name for name in index if not name.startswith("_") and name not in (TRANSFORMER, VAE, SCHEDULER)}
+    kept = {name: content for name, content in files.items() if name.split("/")[0] not in others}
+    index |= {name: [None, None] for name in sorted(others)}
+    return kept | {PIPELINE: (json.dumps(index, indent=2) + "\n").encode()}
 
 
 def architectures_of(config: dict[str, Any]) -> list[str]:

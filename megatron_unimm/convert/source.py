@@ -1,4 +1,5 @@
-"""A Hugging Face folder as its family sees it: the model's tensors, those that are carried along, and our own parts."""
+"""A Hugging Face folder as its family sees it: the model's tensors, those that are carried along, a language model
+beside it, and our own parts."""
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -9,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_unimm.checkpoint.folder import LANGUAGE_MODEL
 from megatron_unimm.config.base import Section
+from megatron_unimm.config.mmdit import ImageGeneratorConfig
+from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.convert.families import family_of
-from megatron_unimm.convert.folders import PARTS
-from megatron_unimm.convert.pipeline import read_model
+from megatron_unimm.convert.parts import PARTS, check_parts, part_metas
+from megatron_unimm.convert.pipeline import PIPELINE, read_model
 from megatron_unimm.convert.reader import HfFolder, read_added_tokens, read_config
 from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
+from megatron_unimm.convert.transforms import Shape
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,20 @@ class Entry:
         return box.forward([self.folder.read(name, box.slice) for name in self.mapping.names])
 
 
+@dataclass(frozen=True)
+class Member:
+    """A model of the folder that a Hugging Face class loads."""
+
+    family: Family
+    config: Section
+    layout: str
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        architecture = self.config.model_dump(mode="json")
+        return {"family": self.family.name, "layout": self.layout, "architecture": architecture}
+
+
 class HfModel(AbstractContextManager["HfModel"]):
     """Everything of a folder that a checkpoint will hold, in order.
 
@@ -43,30 +62,50 @@ class HfModel(AbstractContextManager["HfModel"]):
 
     def __init__(self, path: Path) -> None:
         self._stack = ExitStack()
-        config = read_model(path)
-        self.family: Family = family_of(config, str(path))
-        self.config: Section = self.family.to_config(config, read_added_tokens(path))
-        folder = self._stack.enter_context(HfFolder(path, self.family.hub_name, self.family.folders(self.config)))
-        self.layout = self.family.layout_of(self.config, {name: info.shape for name, info in folder.tensors.items()})
-        mappings = self.family.mappings(self.config, self.layout)
-        folder.check(mappings, self.family.tied(self.config), self.family.carried)
-        mappings += [
-            same(name, folder.tensors[name].shape, CARRIED)
-            for name in sorted(folder.tensors)
-            if self.family.carried(name)
-        ]
-        self.entries = [Entry(mapping, folder) for mapping in mappings]
+        self.entries: list[Entry] = []
         self.parts: dict[str, dict[str, Any]] = {}
         """Our own parts beside the model, and their configs."""
-        for part in PARTS:
-            if (path / part).is_dir():
-                self._add_part(path / part)
+        self.model = self._add_model(path)
+        beside = path / LANGUAGE_MODEL
+        self.language_model = self._add_model(beside) if (path / PIPELINE).is_file() and beside.is_dir() else None
+        """Beside an image generator."""
+        shapes = {part: self._add_part(path / part) for part in PARTS if (path / part).is_dir()}
+        spoken, drawn = (self.language_model or self.model).config, self.model.config
+        check_parts(
+            shapes,
+            self.parts.get("query_tokens"),
+            spoken if isinstance(spoken, ModelConfig) else None,
+            drawn if isinstance(drawn, ImageGeneratorConfig) else None,
+            str(path),
+        )
 
-    def _add_part(self, path: Path) -> None:
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        beside = {} if self.language_model is None else {LANGUAGE_MODEL: self.language_model.meta()}
+        return {**self.model.meta(), **beside, **part_metas(self.parts)}
+
+    def _add_model(self, path: Path) -> Member:
+        found = read_model(path)
+        family: Family = family_of(found, str(path))
+        config: Section = family.to_config(found, read_added_tokens(path))
+        folder = self._stack.enter_context(HfFolder(path, family.hub_name, family.folders(config)))
+        layout = family.layout_of(config, {name: info.shape for name, info in folder.tensors.items()})
+        mappings = family.mappings(config, layout)
+        folder.check(mappings, family.tied(config), family.carried)
+        mappings += [
+            same(name, folder.tensors[name].shape, CARRIED) for name in sorted(folder.tensors) if family.carried(name)
+        ]
+        self.entries += [Entry(mapping, folder) for mapping in mappings]
+        return Member(family, config, layout)
+
+    def _add_part(self, path: Path) -> dict[str, Shape]:
+        """Shapes of its tensors."""
         self.parts[path.name] = read_config(path)
         folder = self._stack.enter_context(HfFolder(path))
-        for name in sorted(folder.tensors):
-            self.entries.append(Entry(same(name, folder.tensors[name].shape, f"{path.name}."), folder))
+        shapes = {name: folder.tensors[name].shape for name in sorted(folder.tensors)}
+        self.entries += [Entry(same(name, shape, f"{path.name}."), folder) for name, shape in shapes.items()]
+        return shapes
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

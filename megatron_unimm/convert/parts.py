@@ -1,0 +1,178 @@
+"""Parts of ours that no Hugging Face class has: folders in an exported folder, prefixes of tensors in a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from megatron_unimm.config.mmdit import ImageGeneratorConfig
+from megatron_unimm.config.model import ModelConfig
+from megatron_unimm.config.queries import QueryVlmConfig
+from megatron_unimm.convert.qwen_vl import reading_config
+from megatron_unimm.convert.transforms import Shape
+from megatron_unimm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of ours."""
+
+    what: str
+    """What it does."""
+    described: tuple[str, ...]
+    """Where a checkpoint's meta says how it is built, key by key; empty where the shapes of its tensors say it."""
+
+
+PARTS = {
+    "vision_head": Part(
+        "Maps a hidden state of the language model to the next visual token (ORION).", ("vision_head",)
+    ),
+    "query_tokens": Part(
+        "Learned tokens that the language model reads in the place of a picture that it is to draw (MMCORE).",
+        ("queries",),
+    ),
+    "query_connector": Part(
+        "Maps hidden states of the language model at the query tokens to visual latents (MMCORE).",
+        ("queries", "connector"),
+    ),
+    "connector": Part("Maps visual tokens to what the image generator is conditioned on (ORION).", ("connector",)),
+    "pathways": Part(
+        "Map words and visual latents to what the image generator is conditioned on (MMCORE).", ("pathways",)
+    ),
+    "frame_embedding": Part(
+        "Tells the pictures of a conversation apart: added to the tokens of their patches (MMCORE).", ()
+    ),
+}
+README = """# {title}
+
+{what}
+
+It is no part of the Hugging Face models beside it, which load without it; `unimm convert import` takes it back in.
+`config.json` says how it is built, `model.safetensors` holds its weights.
+"""
+
+
+def readme_of(part: str) -> str:
+    """What stands in the folder of a part beside its weights."""
+    return README.format(title=part.replace("_", " ").capitalize(), what=PARTS[part].what)
+
+
+def part_config(part: str, meta: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``config.json`` of a part, from a checkpoint's meta.
+
+    Raises:
+        CheckpointError: it does not say how the part is built.
+    """
+    described = PARTS[part].described
+    config: Any = meta if described else {}
+    for key in described:
+        if key not in config:
+            raise CheckpointError(where, f"holds a {part}, but its manifest has no meta.{'.'.join(described)}")
+        config = config[key]
+    if part == "query_tokens":
+        return {**config, "lora": None}  # an export has merged them
+    if part == "pathways":
+        return {**config, **_drawing(meta)}
+    return dict(config)
+
+
+def _drawing(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """How conversations become conditions and pictures, of a checkpoint of training."""
+    stage = yaml.safe_load(meta.get("config", "")) or {}
+    if "method" not in stage:
+        return {}
+    method, data = stage["method"], stage["data"]
+    return {
+        "sampler": method["sampler"],
+        "max_frames": method["max_frames"],
+        "embedded_guidance": method["embedded_guidance"],
+        "data": {name: data[name] for name in DRAWING_DATA},
+    }
+
+
+DRAWING_DATA = ("system_prompt", "generation_size", "understanding_size", "drawing_size", "max_image_pixels")
+"""Of the section ``data``, what drawing goes by."""
+
+
+def part_metas(configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint's meta says of parts; the way back from :func:`part_config`."""
+    return {PARTS[part].described[0]: config for part, config in configs.items() if len(PARTS[part].described) == 1}
+
+
+# ---------------------------------------------------------------------------------------------- MMCORE
+
+
+def check_parts(
+    shapes: Mapping[str, Mapping[str, Shape]],
+    queries: Mapping[str, Any] | None,
+    language_model: ModelConfig | None,
+    generator: ImageGeneratorConfig | None,
+    where: str,
+) -> None:
+    """Compare the tensors of MMCORE's parts with the models that they stand between.
+
+    Args:
+        shapes: of tensors by part and name.
+        queries: how the VLM is asked for pictures (``config/queries.py``).
+
+    Raises:
+        CheckpointError: a part or a tensor is missing, left over, or of another shape; names the first.
+    """
+    expected = _expected(shapes, queries, language_model, generator, where)
+    for part, tensors in expected.items():
+        if part not in shapes:
+            raise CheckpointError(
+                where, f"has no {part}, which {', '.join(shapes)} stand beside; is the copy complete?"
+            )
+        for name, shape in tensors.items():
+            found = shapes[part].get(name)
+            if found is None:
+                raise CheckpointError(where, f"tensor {part}.{name} {list(shape)} is missing; is the copy complete?")
+            if found != shape:
+                raise CheckpointError(
+                    where, f"tensor {part}.{name} is {list(found)}, but the models beside it make it {list(shape)}"
+                )
+        extra = [name for name in shapes[part] if name not in tensors and not name.startswith("layers.")]
+        if extra:
+            raise CheckpointError(where, f"tensor {part}.{extra[0]} has no place there ({len(extra)} such tensors)")
+
+
+def _expected(
+    shapes: Mapping[str, Mapping[str, Shape]],
+    queries: Mapping[str, Any] | None,
+    language_model: ModelConfig | None,
+    generator: ImageGeneratorConfig | None,
+    where: str,
+) -> dict[str, dict[str, Shape]]:
+    """Parts and their tensors; of a connector's layers (``layers.…``) none are named."""
+    mine = shapes.keys() & {"query_tokens", "query_connector", "pathways", "frame_embedding"}
+    if not mine:
+        return {}
+    if queries is None:
+        raise CheckpointError(where, f"holds {', '.join(sorted(mine))} without query_tokens; is the copy complete?")
+    if language_model is None:
+        raise CheckpointError(where, f"holds {', '.join(sorted(mine))}, but no language model; is the copy complete?")
+    vlm = reading_config(lambda: QueryVlmConfig.model_validate(queries), f"{where}: query_tokens")
+    hidden, latent = language_model.backbone.hidden_size, vlm.latent_size(language_model)
+    widths = [hidden, latent] if vlm.connector.projection == "linear" else [hidden, hidden, latent]
+    linears = {f"projection.{number}": (to, wide) for number, (wide, to) in enumerate(pairwise(widths))}
+    expected = {"query_tokens": {"weight": (vlm.num_queries, hidden)}, "query_connector": _linears(linears)}
+    if generator is None:
+        return expected
+    condition, pooled = generator.mmdit.condition_size, generator.mmdit.pooled_size
+    expected["pathways"] = {"place": (vlm.num_queries, condition), "pooled": (pooled,)}
+    for name, width in {"text": hidden, "visual": latent}.items():
+        sizes = {f"{name}.linear_1": (condition, width), f"{name}.linear_2": (condition, condition)}
+        expected["pathways"] |= {f"{name}.norm.weight": (width,), **_linears(sizes)}
+    if generator.mmdit.family == "sd3":
+        frames = shapes.get("frame_embedding", {}).get("weight", (1,))[0]
+        expected["frame_embedding"] = {"weight": (frames, generator.mmdit.hidden_size)}
+    return expected
+
+
+def _linears(sizes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
+    """Weight and bias of linear layers ``[out, in]``."""
+    weights = {f"{name}.weight": size for name, size in sizes.items()}
+    return weights | {f"{name}.bias": size[:1] for name, size in sizes.items()}

@@ -1,0 +1,1 @@
+"""Pipelines for exported folders: transformers' and diffusers' classes, without Megatron-Core."""
