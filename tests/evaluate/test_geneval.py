@@ -421,7 +421,7 @@ def test_the_command_scores_without_building_a_model(
 ) -> None:
     detections, to = tmp_path / "boxes.json", tmp_path / "out" / "geneval.json"
     detections.write_text(json.dumps(boxes()))
-    monkeypatch.setattr("megatron_unimm.evaluate.api.Generator", None)
+    monkeypatch.setattr("megatron_unimm.evaluate.api.load_generator", None)
     arguments = ["evaluate", "--model", str(tiny / "run"), "--suite", "geneval-images", "--data", str(metadata)]
     arguments += ["--num-samples", "2", "--to", str(to), "--detections", str(detections)]
     assert main.run(arguments) == 0
