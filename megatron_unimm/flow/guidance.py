@@ -4,8 +4,12 @@ Data and noise predictions are affine in the velocity at fixed x_t and t, with w
 to 1), so guiding velocities is guiding either of them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from megatron_unimm.config.flow import SamplerConfig
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -42,3 +46,23 @@ def guided_at(t: float, interval: tuple[float, float]) -> bool:
     conditional velocity need be computed."""
     low, high = interval
     return low < t <= high
+
+
+def combined(parts: Sequence[Tensor], sampler: SamplerConfig) -> Tensor:
+    """The guided velocity of what a sampler asks for, from the fully conditioned one and those with less: none, one
+    (:func:`classifier_free`), or two, the less conditioned last (:func:`two_condition`); then :func:`renormalised`."""
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2:
+        guided = classifier_free(parts[0], parts[1], sampler.guidance_scale)
+    else:
+        guided = two_condition(
+            unconditional=parts[2],
+            image=parts[1],
+            image_and_text=parts[0],
+            image_scale=sampler.image_guidance_scale,
+            text_scale=sampler.guidance_scale,
+        )
+    if sampler.guidance_renorm_min is None:
+        return guided
+    return renormalised(guided, parts[0], sampler.guidance_renorm_min)

@@ -28,7 +28,7 @@ from megatron_unimm.data.packing import round_up
 from megatron_unimm.data.queries import query_tokens
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError
-from megatron_unimm.flow.guidance import classifier_free, guided_at, renormalised, two_condition
+from megatron_unimm.flow.guidance import combined, guided_at
 from megatron_unimm.flow.solvers import solve
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
@@ -387,21 +387,7 @@ class Guided:
         timestep = row.is_noisy.float() * t
         velocity = self.painter.run(row.canvas, row.condition, state, timestep)
         parts = velocity.index_select(0, row.noisy).float().reshape(times, *state_nuF.shape)
-        if times == 1:
-            return parts[0]
-        if times == 2:
-            guided = classifier_free(parts[0], parts[1], self.sampler.guidance_scale)
-        else:
-            guided = two_condition(
-                unconditional=parts[2],
-                image=parts[1],
-                image_and_text=parts[0],
-                image_scale=self.sampler.image_guidance_scale,
-                text_scale=self.sampler.guidance_scale,
-            )
-        if self.sampler.guidance_renorm_min is None:
-            return guided
-        return renormalised(guided, parts[0], self.sampler.guidance_renorm_min)
+        return combined(list(parts), self.sampler)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_unimm.data import images
 from megatron_unimm.data.drawing import DrawingSample
 from megatron_unimm.data.packing import round_up
 from megatron_unimm.errors import CheckpointError
-from megatron_unimm.flow.guidance import classifier_free, guided_at, renormalised, two_condition
+from megatron_unimm.flow.guidance import combined, guided_at
 from megatron_unimm.flow.solvers import solve
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
@@ -265,21 +265,7 @@ class _Guided:
         timestep = torch.full((times * self.count,), t, dtype=torch.float32, device=state_nUF.device)
         flat = self.painter.run(canvas, condition, state_nUF.repeat(times, 1, 1).flatten(0, 1), timestep)
         parts = flat.float().reshape(times, *state_nUF.shape)
-        if times == 1:
-            return parts[0]
-        if times == 2:
-            guided = classifier_free(parts[0], parts[1], self.sampler.guidance_scale)
-        else:
-            guided = two_condition(
-                unconditional=parts[2],
-                image=parts[1],
-                image_and_text=parts[0],
-                image_scale=self.sampler.image_guidance_scale,
-                text_scale=self.sampler.guidance_scale,
-            )
-        if self.sampler.guidance_renorm_min is None:
-            return guided
-        return renormalised(guided, parts[0], self.sampler.guidance_renorm_min)
+        return combined(list(parts), self.sampler)
 
 
 def _conditions(requests: Sequence[PaintRequest], with_sources: bool) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:

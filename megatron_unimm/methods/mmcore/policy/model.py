@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_unimm.config.methods import MMCorePolicyConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.flow.guidance import classifier_free, two_condition
+from megatron_unimm.flow.guidance import combined
 from megatron_unimm.methods.drawing.model import DrawingBatch
 from megatron_unimm.methods.mmcore.diffusion.model import DiffusionBatch, MMCoreDiffusionModel
 from megatron_unimm.methods.mmcore.policy.losses import policy_loss
@@ -108,17 +108,6 @@ class MMCorePolicyModel(MMCoreDiffusionModel):
         ]  # k of [i, u, F]
         if len(parts) == 1:
             return parts[0]
-        sampler = self.grpo.sampler
         full, *others = parts
-        others = [other.detach() for other in others]
-        if len(others) == 1:
-            guided = classifier_free(full, others[0], sampler.guidance_scale)
-        else:
-            guided = two_condition(
-                unconditional=others[1],
-                image=others[0],
-                image_and_text=full,
-                image_scale=sampler.image_guidance_scale,
-                text_scale=sampler.guidance_scale,
-            )
+        guided = combined([full, *(other.detach() for other in others)], self.grpo.sampler)
         return torch.where(policy.guided[:, None, None], guided, full)
