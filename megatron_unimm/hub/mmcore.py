@@ -41,7 +41,7 @@ from megatron_unimm.data.frames import FrameSample, FrameWork
 from megatron_unimm.data.queries import QueryTokens, query_tokens
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError, UserError
-from megatron_unimm.flow.guidance import classifier_free, guided_at, renormalised, two_condition
+from megatron_unimm.flow.guidance import combined, guided_at
 from megatron_unimm.flow.solvers import solve
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.hub.denoiser import Denoiser, FrameRow
@@ -249,21 +249,7 @@ class Guided:
         parts = velocity.index_select(0, row.noisy).reshape(
             times, 1, *state_uF.shape
         )  # samples are an axis of guidance
-        if times == 1:
-            return parts[0, 0]
-        if times == 2:
-            guided = classifier_free(parts[0], parts[1], sampler.guidance_scale)
-        else:
-            guided = two_condition(
-                parts[2],
-                parts[1],
-                parts[0],
-                image_scale=sampler.image_guidance_scale,
-                text_scale=sampler.guidance_scale,
-            )
-        if sampler.guidance_renorm_min is not None:
-            guided = renormalised(guided, parts[0], sampler.guidance_renorm_min)
-        return guided[0]
+        return combined(list(parts), sampler)[0]
 
 
 @dataclass(frozen=True)
