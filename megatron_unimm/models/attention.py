@@ -34,10 +34,11 @@ from megatron_unimm.models.rotary import rotate
 class SegmentGroup:
     """Segments of one length, computed as a batch."""
 
-    query_index: Tensor
-    """int64 ``[n, length / c]``: tokens of this rank."""
-    key_index: Tensor
-    """int64 ``[n, length]``: tokens of the row."""
+    num_segments: int
+    num_queries: int
+    """Of this rank in each: length / c."""
+    num_keys: int
+    """length."""
     mask: Tensor | None
     """bool ``[length / c, length]``, True attends; None leaves it to ``causal``."""
     causal: bool
@@ -48,8 +49,12 @@ class Segments:
     """One description of what attends to what, lowered for both kernels."""
 
     groups: tuple[SegmentGroup, ...]
+    query_index: Tensor
+    """int64 ``[t]``: tokens of this rank, group by group."""
+    key_index: Tensor
+    """int64 ``[T]``: tokens of the row, group by group."""
     order: Tensor
-    """int64 ``[t]``: where each of this rank's tokens stands in the concatenation of the groups."""
+    """int64 ``[t]``: where each of this rank's tokens stands in ``query_index``."""
     gathered_order: Tensor | None
     """int64 ``[T]``: position of each token of the row in the concatenation of all context ranks; None without
     context parallelism."""
@@ -69,7 +74,7 @@ class Segments:
         lengths = np.diff(bounds)
         local = context_index(bounds, context_rank, context_size)
         local_bounds = bounds // context_size
-        groups, positions = [], []
+        groups, query_index, key_index = [], [], []
         for length in np.unique(lengths):
             chosen = np.flatnonzero(lengths == length)
             queries = local_bounds[chosen][:, None] + np.arange(length // context_size)
@@ -78,15 +83,24 @@ class Segments:
             if causal and context_size > 1:
                 inside = local[queries[0]] - bounds[chosen[0]]
                 mask = torch.from_numpy(np.arange(length)[None, :] <= inside[:, None]).to(device)
-            groups.append(SegmentGroup(_index(queries, device), _index(keys, device), mask, causal))
-            positions.append(queries.reshape(-1))
-        order = np.argsort(np.concatenate(positions))
+            groups.append(SegmentGroup(*queries.shape, int(length), mask, causal))
+            query_index.append(queries.reshape(-1))
+            key_index.append(keys.reshape(-1))
+        by_group = np.concatenate(query_index)
         gathered = None
         if context_size > 1:
             everyone = np.concatenate([context_index(bounds, rank, context_size) for rank in range(context_size)])
             gathered = _index(np.argsort(everyone), device)
         cu_seqlens = torch.from_numpy(bounds.astype(np.int32)).to(device)
-        return cls(tuple(groups), _index(order, device), gathered, cu_seqlens, int(lengths.max()))
+        return cls(
+            tuple(groups),
+            _index(by_group, device),
+            _index(np.concatenate(key_index), device),
+            _index(np.argsort(by_group), device),
+            gathered,
+            cu_seqlens,
+            int(lengths.max()),
+        )
 
 
 def context_index(bounds: np.ndarray, rank: int, size: int) -> np.ndarray:
@@ -241,12 +255,20 @@ def segment_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    # Brought into the groups' order once and cut: the backward of many small look-ups writes as many whole gradients.
+    key_sizes = [group.num_segments * group.num_keys for group in segments.groups]
     outputs = []
-    for group in segments.groups:
+    for group, queries, keys, values in zip(
+        segments.groups,
+        query.index_select(0, segments.query_index).split([g.num_segments * g.num_queries for g in segments.groups]),
+        key.index_select(0, segments.key_index).split(key_sizes),
+        value.index_select(0, segments.key_index).split(key_sizes),
+        strict=True,
+    ):
         attended = F.scaled_dot_product_attention(
-            query[group.query_index].transpose(1, 2),  # [n, N, length / c, D]
-            key[group.key_index].transpose(1, 2),  # [n, N, length, D]
-            value[group.key_index].transpose(1, 2),
+            queries.unflatten(0, (group.num_segments, -1)).transpose(1, 2),  # [n, N, length / c, D]
+            keys.unflatten(0, (group.num_segments, -1)).transpose(1, 2),  # [n, N, length, D]
+            values.unflatten(0, (group.num_segments, -1)).transpose(1, 2),
             attn_mask=group.mask,
             is_causal=group.causal and group.mask is None,
             scale=scale,
