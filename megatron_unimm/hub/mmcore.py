@@ -108,7 +108,7 @@ class MMCorePipeline:
             Connector(vlm.connector, vlm.num_queries, hidden, latent), folder / "query_connector", device
         )
         pathways = _filled(
-            DualPathway(hidden, latent, vlm.num_queries, mmdit.condition_size, mmdit.pooled_size),
+            DualPathway(hidden, latent, vlm.grid, mmdit.condition_size, mmdit.pooled_size),
             folder / "pathways",
             device,
         )

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_unimm.models.mmdit.embedding import sincos_table
+
 
 class Pathway(nn.Module):
     """RMSNorm, Linear, GELU, Linear. The norm, because hidden states of a language model have large and uneven
@@ -33,17 +35,20 @@ class Pathway(nn.Module):
 class DualPathway(nn.Module):
     """The condition of a frame: all its words, and its N visual latents.
 
-    Visual latents are told apart by their place in the grid. The pooled condition, which text encoders gave the
+    Visual latents are told apart by a vector of their place in the grid, sines and cosines of rows and columns at first
+    (as SD3 has for patches) and learned from there: from zeros it took long until a patch found its latent. The pooled condition, which text encoders gave the
     pretrained model, is a weight: one vector for all frames.
     """
 
     def __init__(
-        self, word_size: int, latent_size: int, num_queries: int, condition_size: int, pooled_size: int
+        self, word_size: int, latent_size: int, grid: tuple[int, int], condition_size: int, pooled_size: int
     ) -> None:
         super().__init__()
         self.text = Pathway(word_size, condition_size)
         self.visual = Pathway(latent_size, condition_size)
-        self.place = nn.Parameter(torch.zeros(num_queries, condition_size))
+        side = max(grid)
+        places = sincos_table(condition_size, side, side).unflatten(0, (side, side))[: grid[0], : grid[1]]
+        self.place = nn.Parameter(places.flatten(0, 1).clone())  # [N, C]
         self.pooled = nn.Parameter(torch.zeros(pooled_size))
 
     def forward(

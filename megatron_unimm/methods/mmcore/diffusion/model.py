@@ -94,7 +94,7 @@ class MMCoreDiffusionModel(DrawingModel):
             self.pathways = DualPathway(
                 stage.model.backbone.hidden_size,
                 queries.latent_size(stage.model),
-                queries.num_queries,
+                queries.grid,
                 mmdit.condition_size,
                 mmdit.pooled_size,
             )
