@@ -546,7 +546,7 @@ def entries(store: FeatureStore) -> dict[Key, np.ndarray]:
 # -- FLOPs
 
 
-@pytest.mark.parametrize("trains", ["drawing", "queries too"])
+@pytest.mark.parametrize("trains", ["drawing", "queries too", "drawing, from cached conditions"])
 @pytest.mark.parametrize("model", MODELS)
 def test_flops_equal_torch_counter(
     model: str, trains: str, repo: Path, world: World, monkeypatch: pytest.MonkeyPatch
@@ -554,9 +554,13 @@ def test_flops_equal_torch_counter(
     """Exactly, of everything but what is left out: the VAE's convolutions (latents come made), the pathways, the
     masked half of the VLM's attention, and sums over the tokens of a conditioning vector, which the layers write as
     products."""
-    table = (SOME_OF_THE_VLM,) if trains == "queries too" else ()
-    step = diffusion_step(small_diffusion(repo, *MODELS[model], *table), world)
+    cached = trains == "drawing, from cached conditions"
+    settings = ("data.condition_cache=somewhere",) if cached else (SOME_OF_THE_VLM,) if trains == "queries too" else ()
+    step = diffusion_step(small_diffusion(repo, *MODELS[model], *settings), world)
     chunk, row = chunk_of(step), row_of(step.stage, several(step.stage))
+    if cached:
+        words, visual = (np.ones((len(index), 64), np.float32) for index in (row.word_index, row.query_index))
+        row = replace(row, words=words, visual=visual)
     batch = batch_of(step, row)
     with torch.no_grad():
         latents = chunk._encoded(batch.pictures)
