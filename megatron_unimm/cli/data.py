@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megatron_unimm.cli import options
 from megatron_unimm.errors import DataError
 
 if TYPE_CHECKING:
@@ -247,24 +248,31 @@ def _count_lines(path: Path) -> int:
     epilog="""\b
 Example:
   unimm data cache configs/orion/shapes.yaml --stage warm_up --to runs/features
-  unimm train configs/orion/shapes.yaml --stage warm_up stages.warm_up.data.feature_cache=runs/features"""
+  unimm train configs/orion/shapes.yaml --stage warm_up stages.warm_up.data.feature_cache=runs/features
+  unimm data cache configs/mmcore/shapes.yaml --stage diffusion --to runs/cache
+  unimm train configs/mmcore/shapes.yaml --stage diffusion data.condition_cache=runs/cache/conditions"""
 )
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--stage", help="Stage of the recipe; may be left out where it has only one.")
 @click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder to write.")
-def cache(recipe: Path, overrides: tuple[str, ...], stage: str | None, to: Path) -> None:
-    """Compute once what a stage's frozen parts make of its images.
+@options.run_dir
+def cache(recipe: Path, overrides: tuple[str, ...], stage: str | None, to: Path, run_dir: Path | None) -> None:
+    """Compute once what a stage's frozen parts make of its samples.
 
     For a stage of the language model with a frozen vision encoder, its features, in DIR. For a stage that trains an
     image decoder, these in DIR/features, and the VAE's latents of the pictures in DIR/latents (data.feature_cache and
     data.latent_cache).
 
+    For a stage of MMCORE's diffusion transformer, what the frozen VLM of the stage before says of each conversation, in
+    DIR/conditions (data.condition_cache; also for later stages with the same VLM), and latents in DIR/latents.
+
     Under torchrun or srun each rank takes its share.
     """
     from megatron_unimm.config.load import load_recipe, select_stage
 
-    chosen = select_stage(load_recipe(recipe, overrides), stage)
+    loaded = load_recipe(recipe, overrides)
+    chosen = select_stage(loaded, stage)
 
     from megatron_unimm.train.log import setup_logging
 
@@ -272,5 +280,5 @@ def cache(recipe: Path, overrides: tuple[str, ...], stage: str | None, to: Path)
 
     from megatron_unimm.train.feature_cache import make_cache
 
-    count = make_cache(chosen, to)
-    click.echo(f"{count} images in {to}")
+    for folder, count in make_cache(chosen, to, options.run_dir_of(loaded, run_dir)).items():
+        click.echo(f"{count:8d}  {folder}")

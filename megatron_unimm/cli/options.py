@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from megatron_unimm.config.flow import SamplerConfig
+    from megatron_unimm.config.recipe import Recipe
 
 Command = Callable[..., Any]
 
@@ -22,6 +24,20 @@ def model(command: Command) -> Command:
         metavar="DIR",
         help="Checkpoint, or the folder of a stage or run: its newest.",
     )(command)
+
+
+def run_dir(command: Command) -> Command:
+    """Where the stages of a run are; see :func:`run_dir_of`."""
+    return click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        help="Checkpoints and logs of all stages.  [default: runs/NAME-OF-RECIPE]",
+    )(command)
+
+
+def run_dir_of(recipe: "Recipe", given: Path | None) -> Path:
+    """The folder that was given, or the recipe's."""
+    return given or Path(os.environ.get("RUNS", "runs")) / recipe.name
 
 
 def layout(command: Command) -> Command:

@@ -1,9 +1,10 @@
 """``unimm train``: one stage of a recipe, on one rank or on all ranks of torchrun or srun."""
 
-import os
 from pathlib import Path
 
 import click
+
+from megatron_unimm.cli import options
 
 
 @click.command(
@@ -19,11 +20,7 @@ again)."""
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--stage", help="Stage of the recipe; may be left out where it has only one.")
-@click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    help="Checkpoints and logs of all stages.  [default: runs/NAME-OF-RECIPE]",
-)
+@options.run_dir
 @click.option(
     "--resume",
     default="auto",
@@ -81,5 +78,4 @@ def train(
 
     from megatron_unimm.train.run import train_stage
 
-    run_dir = run_dir or Path(os.environ.get("RUNS", "runs")) / loaded.name
-    return train_stage(loaded, chosen, run_dir=run_dir, resume=resume)
+    return train_stage(loaded, chosen, run_dir=options.run_dir_of(loaded, run_dir), resume=resume)

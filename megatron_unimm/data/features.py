@@ -26,6 +26,8 @@ META = "meta.json"
 FORMAT = 1
 STORED = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
 """numpy's stand-in for each dtype; bfloat16 travels as the bits that it is."""
+Key = tuple[int, int]
+"""128 bits, as two uint64."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +35,26 @@ class FeatureMeta:
     """What made the features of a folder."""
 
     encoder: dict[str, Any]
-    """The vision encoder's config."""
+    """The config of what made them: a vision encoder's, a VAE's, a VLM's."""
     weights: str
-    """sha256 of the vision encoder's weights."""
+    """sha256 of its weights."""
     dtype: str
     width: int
-    """Numbers per visual token."""
+    """Numbers of a row: per visual token, patch of latents, word."""
 
 
-def image_key(request: ImageRequest) -> tuple[int, int]:
-    """128 bits that stand for an image at a size: two uint64."""
+def image_key(request: ImageRequest) -> Key:
+    """128 bits that stand for an image at a size."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((request.width, request.height, request.crop, request.filter)).encode())
     with request.file.open() as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return key_of(digest)
+
+
+def key_of(digest: "hashlib.blake2b") -> Key:
+    """The 16 bytes of a digest."""
     found = digest.digest()
     return int.from_bytes(found[:8], "little"), int.from_bytes(found[8:], "little")
 
@@ -80,7 +87,7 @@ class FeatureStore:
     def __len__(self) -> int:
         return sum(len(part.keys) for part in self._parts)
 
-    def get(self, key: tuple[int, int]) -> np.ndarray | None:
+    def get(self, key: Key) -> np.ndarray | None:
         """Features ``[V, width]`` of an image, of the dtype of :data:`STORED`; None if they are not there."""
         for part in self._parts:
             found = part.get(key)
@@ -96,7 +103,7 @@ class _Part:
         self.places: np.ndarray = np.load(rows.with_name(f"{stem}.places.npy"), mmap_mode="r", allow_pickle=False)
         self.rows = np.memmap(rows, STORED[meta.dtype], mode="r").reshape(-1, meta.width) if len(self.keys) else None
 
-    def get(self, key: tuple[int, int]) -> np.ndarray | None:
+    def get(self, key: Key) -> np.ndarray | None:
         first = np.uint64(key[0])
         place = int(np.searchsorted(self.keys[:, 0], first))
         while place < len(self.keys) and self.keys[place, 0] == first:
@@ -116,13 +123,13 @@ class FeatureWriter:
         self._stem = f"part-{rank:05d}"
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"{self._stem}.rows.tmp").open("wb")
-        self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        self._places: dict[Key, tuple[int, int]] = {}
         self._rows = 0
 
-    def __contains__(self, key: tuple[int, int]) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._places
 
-    def add(self, key: tuple[int, int], rows: np.ndarray) -> None:
+    def add(self, key: Key, rows: np.ndarray) -> None:
         """Features ``[V, width]`` of an image."""
         assert rows.dtype == STORED[self.meta.dtype], (rows.dtype, self.meta.dtype)
         assert rows.shape[1] == self.meta.width, (rows.shape, self.meta.width)
@@ -131,7 +138,7 @@ class FeatureWriter:
         self._rows += len(rows)
 
     def finish(self) -> int:
-        """Write the part's keys and give its files their names; returns the number of images."""
+        """Write the part's keys and give its files their names; returns how many it has."""
         self._file.close()
         order = sorted(self._places)
         keys = np.array(order, dtype=np.uint64).reshape(-1, 2)

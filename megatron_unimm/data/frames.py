@@ -28,10 +28,11 @@ from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.queries import QueryVlmConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.conditions import ConditionStore, condition_key
 from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.drawing import joined, joined_store, picture_noise
 from megatron_unimm.data.faults import SampleError
-from megatron_unimm.data.features import FeatureStore
+from megatron_unimm.data.features import FeatureStore, Key
 from megatron_unimm.data.fetch import fetch_images
 from megatron_unimm.data.images import SiglipFormat
 from megatron_unimm.data.mix import Draw, draw_key
@@ -72,6 +73,10 @@ class FrameSample:
     """float32 [U', 3 · side²] in [-1, 1]: the pixels of each image token (channel, row, column)."""
     latents: np.ndarray | None = None
     """[U', latent patch], computed beforehand, in place of pixels."""
+    words: np.ndarray | None = None
+    """[V, H], computed beforehand, in place of what the VLM reads; so is the next."""
+    visual: np.ndarray | None = None
+    """[Q, D]: visual latents."""
 
     @property
     def entries(self) -> list[tuple[int, bool]]:
@@ -130,6 +135,10 @@ class FrameRow:
     """bool [V]."""
     visual_kept: np.ndarray
     """bool [Q]."""
+    words: np.ndarray | None = None
+    """[V, H]: the VLM's last hidden states, computed beforehand; so are the next."""
+    visual: np.ndarray | None = None
+    """[Q, D]: its visual latents."""
 
     @property
     def num_padding(self) -> int:
@@ -172,6 +181,8 @@ class FrameWork:
     vlm_multiple: int = 1
     latents: FeatureStore | None = None
     """Of pictures, computed beforehand."""
+    conditions: ConditionStore | None = None
+    """What the VLM says, computed beforehand."""
 
     @property
     def data(self) -> DataConfig:
@@ -259,15 +270,37 @@ class FrameWork:
         """Decode images, or look up what was computed of them; nothing is learned from a sample with a broken one."""
         asked = [self.picture_requests(each) for each in laid]
         pictures = fetch_images(asked, laid, self.latents, decoder, self.pixel_format)
-        seen = [read_requests(each.layout.layout, each, self.chat) for each in laid]
-        patches = fetch_images(seen, laid, None, decoder, self.chat.encoder)
+        read = self.read(laid, decoder) if self.conditions is None else self._recall(laid, self.conditions)
         done = []
-        for each, picture, read in zip(laid, pictures, patches, strict=True):
-            broken, sample = [*picture.broken, *read.broken], each.layout
-            tokens = replace(void(sample.layout.tokens), patches=read.values)
+        for picture, (sample, unread) in zip(pictures, read, strict=True):
+            broken = [*picture.broken, *unread]
             field = "pixels" if self.latents is None else "latents"
-            loaded = {"layout": replace(sample.layout, tokens=tokens), "learned": not broken, field: picture.values}
-            done.append((replace(sample, **loaded), broken))
+            done.append((replace(sample, **{"learned": not broken, field: picture.values}), broken))
+        return done
+
+    def read(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[FrameSample, list[BadSample]]]:
+        """Decode the images that the VLM reads."""
+        asked = [read_requests(each.layout.layout, each, self.chat) for each in laid]
+        done = []
+        for each, found in zip(laid, fetch_images(asked, laid, None, decoder, self.chat.encoder), strict=True):
+            sample = each.layout
+            tokens = replace(void(sample.layout.tokens), patches=found.values)
+            done.append((replace(sample, layout=replace(sample.layout, tokens=tokens)), found.broken))
+        return done
+
+    def condition_key(self, laid: Laid) -> Key:
+        """Of what the VLM reads of a sample."""
+        layout = laid.layout.layout
+        return condition_key(layout, read_requests(layout, laid, self.chat))
+
+    def _recall(self, laid: Sequence[Laid], store: ConditionStore) -> list[tuple[FrameSample, list[BadSample]]]:
+        """Look up what the VLM says."""
+        done = []
+        for each in laid:
+            sample = each.layout
+            found = store.get(self.condition_key(each), sample.layout, each)
+            layout = replace(sample.layout, tokens=void(sample.layout.tokens))
+            done.append((replace(sample, layout=layout, words=found.words, visual=found.visual), found.broken))
         return done
 
     # -- rows
@@ -298,6 +331,8 @@ class FrameWork:
             condition_order=_condition_order(num_words, self.vlm.num_queries),
             text_kept=np.repeat(self._kept(samples, drawn, "text", step), num_words),
             visual_kept=np.repeat(self._kept(samples, drawn, "visual", step), self.vlm.num_queries),
+            words=joined_store([sample.words for sample in samples], self.conditions and self.conditions.words),
+            visual=joined_store([sample.visual for sample in samples], self.conditions and self.conditions.visual),
         )
 
     def _kept(

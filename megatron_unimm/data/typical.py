@@ -143,17 +143,29 @@ def drawing_row(
 
 
 def frame_row(
-    mix: Mapping[SampleKind, float], work: FrameWork, photo: tuple[int, int] = PHOTO, pixels: bool = True
+    mix: Mapping[SampleKind, float],
+    work: FrameWork,
+    widths: tuple[int, int],
+    photo: tuple[int, int] = PHOTO,
+    pixels: bool = True,
 ) -> FrameRow:
-    """A row of frames with their conditions, likewise; what is read is a frame as well."""
+    """A row of frames with their conditions, likewise; what is read is a frame as well.
+
+    Args:
+        widths: of words and visual latents, where they come from a cache.
+    """
     drawn: dict[SampleKind, float] = {kind: share for kind, share in mix.items() if SHAPES[kind].drawn}
     samples = _filled(drawn, work.data, 1, lambda kind, _: _frames(kind, work, photo, pixels), work.room)
     row = work.row([sample for sample in samples if len(sample.sizes) <= work.max_frames])
-    if not (work.data.latent_cache and pixels):
+    if not pixels:
         return row
     # Computed beforehand, they would come from a store.
-    width = work.generator.mmdit.patch_dim
-    return replace(row, latents=np.zeros((int(row.pictures.prod(axis=1).sum()), width), np.float32))
+    shapes: dict[str, tuple[int, int]] = {}
+    if work.data.latent_cache:
+        shapes["latents"] = int(row.pictures.prod(axis=1).sum()), work.generator.mmdit.patch_dim
+    if work.data.condition_cache:
+        shapes |= {"words": (len(row.word_index), widths[0]), "visual": (len(row.query_index), widths[1])}
+    return replace(row, **{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
 
 
 class _Wordless(ChatTokenizer):
@@ -338,7 +350,7 @@ def _frames(kind: SampleKind, work: FrameWork, photo: tuple[int, int], pixels: b
     shape = SHAPES[kind]
     layout = _query_tokens(kind, work.chat, work.vlm.num_queries, photo, closing=False)
     tokens = void(layout.tokens)
-    if pixels:
+    if pixels and not work.data.condition_cache:
         tokens = replace(tokens, patches=_patches(tokens.grids, work.chat.encoder, pixels))
     every = tuple(range(shape.read + shape.drawn))
     turns = [Turn("user", every[: shape.read]), Turn("assistant", every[shape.read :])]

@@ -35,9 +35,8 @@ from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.batch import build_condition_batch
 from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, frame_work
-from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel
+from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel, condition_of
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.queries import pooled_to_grid
@@ -223,12 +222,7 @@ class FramePainter(BasePainter):
             )
             for each, p in zip(drawables, patches, strict=True)
         ]
-        row = work.row(samples)
-        role = vlm.role()
-        hidden, latents = vlm.condition(
-            build_condition_batch(row.conversation, row.query_index, self.stage.model, role)
-        )
-        words = hidden.index_select(0, torch.from_numpy(row.word_index).to(self.device))
+        words, latents = condition_of(vlm, work.row(samples))
         counts = [len(each.sample.layout.query_index) for each in drawables]
         last = [part[-work.vlm.num_queries :] for part in latents.split(counts)]
         given = [

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_unimm.config.rl import FlowGrpoConfig
 from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.conditions import ConditionStore
 from megatron_unimm.data.features import FeatureStore
 from megatron_unimm.data.sources.source import Source
 from megatron_unimm.data.workers import SampleWork
@@ -27,6 +28,8 @@ class DataSetup:
     """Of images, computed beforehand."""
     latents: FeatureStore | None = None
     """Of pictures, computed beforehand."""
+    conditions: ConditionStore | None = None
+    """What a VLM says of conversations, computed beforehand."""
 
 
 class Method(Protocol):

@@ -80,6 +80,12 @@ class ParallelGroups:
         collection.pp = collection.embd = collection.pos_embd = _SINGLES.group()
         return replace(self, config=self.config.model_copy(update=changed), collection=collection)
 
+    def without_context(self) -> "ParallelGroups":
+        """The same layout for ranks of a context that have each rows of their own."""
+        collection = copy.copy(self.collection)
+        collection.cp, collection.tp_cp = _SINGLES.group(), collection.tp
+        return replace(self, config=self.config.model_copy(update={"context": 1}), collection=collection)
+
 
 class _Singles:
     """Groups of one rank each, made collectively at start-up (every rank must take part in making every group)."""

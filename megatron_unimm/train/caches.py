@@ -1,22 +1,31 @@
-"""Features and latents computed beforehand: whose they are, and whether they belong to a stage's model."""
+"""What was computed beforehand (features, latents, conditions): whose it is, and whether it belongs to a stage's
+model."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.conditions import ConditionStore
 from megatron_unimm.data.features import FeatureMeta, FeatureStore
 from megatron_unimm.errors import CheckpointError, ConfigError
+from megatron_unimm.methods.mmcore.diffusion.model import VLM
 from megatron_unimm.models.trainable import is_frozen
+from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.train.state import base_directory, generator_directory
 
 TOWER, VAE = "vision_encoder.", "vae."
 """Prefixes of the tensors of what makes features and latents."""
+QUERIES = "query_tokens."
+VLM_PARTS = ("backbone.", QUERIES, "query_connector.", TOWER)
+"""Likewise of conditions."""
+TEXT_HEAD = "backbone.output_layer."
+"""Comes after what conditions are made of."""
 
 
 def feature_meta(stage: StageConfig) -> FeatureMeta:
@@ -24,7 +33,7 @@ def feature_meta(stage: StageConfig) -> FeatureMeta:
     encoder = stage.model.vision_encoder
     return FeatureMeta(
         encoder=encoder.model_dump(mode="json"),
-        weights=_hash_of(base_directory(stage), TOWER),
+        weights=_hash_of({TOWER: base_directory(stage)}),
         dtype=stage.system.precision.dtype,
         width=encoder.out_size * (1 + len(encoder.deepstack_layers)),
     )
@@ -36,63 +45,124 @@ def latent_meta(stage: StageConfig) -> FeatureMeta:
     assert stage.generator.vae is not None
     return FeatureMeta(
         encoder=stage.generator.vae.model_dump(mode="json"),
-        weights=_hash_of(generator_directory(stage), VAE),
+        weights=_hash_of({VAE: generator_directory(stage)}),
         dtype=stage.system.precision.dtype,
         width=stage.generator.mmdit.patch_dim,
     )
 
 
-def open_caches(stage: StageConfig, groups: ParallelGroups) -> tuple[FeatureStore | None, FeatureStore | None]:
-    """The stage's features and latents, where it has any computed.
+def condition_metas(stage: StageConfig, start: Path) -> tuple[FeatureMeta, FeatureMeta]:
+    """What the words and the visual latents of the stage's VLM are made by.
+
+    Args:
+        start: the checkpoint that the stage starts from, or goes on from. The VLM's tensors have the same names in
+            those of all stages, and the same numbers where it is frozen.
 
     Raises:
-        ConfigError: its vision encoder trains, or there is no picture to have latents.
+        CheckpointError: its VLM has not learned to draw.
+    """
+    assert stage.queries is not None
+    with Reader(start) as reader:
+        lacking = [part for part in VLM_PARTS if not any(key.startswith(part) for key in reader.tensors)]
+    if QUERIES in lacking:
+        what = "holds no query tokens, and what a VLM says at new ones is nothing to keep; train the VLM's stage first"
+        raise CheckpointError(str(start), what)
+    weights = _hash_of(
+        {part: base_directory(stage) if part in lacking else start for part in VLM_PARTS},
+        DTYPES[stage.system.precision.dtype],
+    )
+    parts = {"model": stage.model, "queries": stage.queries}
+    configs = {name: part.model_dump(mode="json", exclude={"teacher"}) for name, part in parts.items()}
+    words, visual = (
+        FeatureMeta(configs, weights, stage.system.precision.dtype, width)
+        for width in (stage.model.backbone.hidden_size, stage.queries.latent_size(stage.model))
+    )
+    return words, visual
+
+
+def open_caches(
+    stage: StageConfig, start: Path, groups: ParallelGroups
+) -> tuple[FeatureStore | None, FeatureStore | None, ConditionStore | None]:
+    """The stage's features, latents and conditions, where it has any computed.
+
+    Args:
+        start: the checkpoint that it starts from, or goes on from.
+
+    Raises:
+        ConfigError: what makes them trains, or the stage has no use for them.
         DataError: a folder is no finished cache.
         CheckpointError: another model made it.
     """
-    features = latents = None
-    if stage.data.feature_cache:
-        trunk_is_backbone = stage.method.trunk == "backbone"
-        if trunk_is_backbone and not is_frozen("vision_encoder", stage.train.trainable):
-            raise ConfigError(
-                "data.feature_cache",
-                f"set, but the vision encoder trains in stage {stage.name}; its features change, leave it empty",
-            )
-        meta = _on_one_rank(lambda: feature_meta(stage), groups)
-        features = _open(stage.data.feature_cache, meta)
-    if stage.data.latent_cache:
+    data, ranks = stage.data, Ranks.of(groups.host)
+    features = latents = conditions = None
+    if data.feature_cache:
+        _check_features(stage)
+        features = FeatureStore(Path(data.feature_cache))
+        _check(features, ranks.from_first(lambda: feature_meta(stage)))
+    if data.latent_cache:
         if stage.generator is None:
             what = f"set, but stage {stage.name} draws no pictures; leave it empty"
             raise ConfigError("data.latent_cache", what)
-        meta = _on_one_rank(lambda: latent_meta(stage), groups)
-        latents = _open(stage.data.latent_cache, meta)
-    return features, latents
+        latents = FeatureStore(Path(data.latent_cache))
+        _check(latents, ranks.from_first(lambda: latent_meta(stage)))
+    if data.condition_cache:
+        _check_conditions(stage)
+        conditions = ConditionStore(Path(data.condition_cache))
+        words, visual = ranks.from_first(lambda: condition_metas(stage, start))
+        _check(conditions.words, words)
+        _check(conditions.visual, visual)
+    return features, latents, conditions
 
 
-def _open(folder: str, expected: FeatureMeta) -> FeatureStore:
-    store = FeatureStore(Path(folder))
+def _check_features(stage: StageConfig) -> None:
+    field = "data.feature_cache"
+    if isinstance(stage.method, MMCoreDrawing):
+        what = f"set, but the vision encoder of stage {stage.name} is its VLM's own; leave it empty"
+        raise ConfigError(field, f"{what}, see data.condition_cache")
+    if stage.method.trunk == "backbone" and not is_frozen("vision_encoder", stage.train.trainable):
+        what = f"set, but the vision encoder trains in stage {stage.name}; its features change, leave it empty"
+        raise ConfigError(field, what)
+
+
+def _check_conditions(stage: StageConfig) -> None:
+    field = "data.condition_cache"
+    if not isinstance(stage.method, MMCoreDiffusionConfig):
+        what = f"set, but method {stage.method.name} of stage {stage.name} learns from no such conditions"
+        raise ConfigError(field, f"{what}; leave it empty")
+    if not vlm_is_frozen(stage):
+        what = f"set, but the VLM trains in stage {stage.name}; what it says changes, leave it empty"
+        raise ConfigError(field, what)
+
+
+def vlm_is_frozen(stage: StageConfig) -> bool:
+    """Of a stage that trains a diffusion transformer behind a VLM."""
+    return is_frozen(VLM.removesuffix("."), stage.train.trainable)
+
+
+def _check(store: FeatureStore, expected: FeatureMeta) -> None:
     for field in ("encoder", "weights", "dtype", "width"):
         ours, theirs = vars(expected)[field], vars(store.meta)[field]
         if ours != theirs:
             in_words = field in ("dtype", "width")
             what = f"{field} differs: " + (f"{theirs} there, {ours} here" if in_words else "of another model")
             raise CheckpointError(str(store.folder), f"{what}; make it again with unimm data cache")
-    return store
 
 
-def _on_one_rank(find: Callable[[], FeatureMeta], groups: ParallelGroups) -> FeatureMeta:
-    """One rank reads the weights for all."""
-    found: list[FeatureMeta | None] = [find() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, group=groups.host)
-    assert found[0] is not None
-    return found[0]
+def _hash_of(places: dict[str, Path], dtype: torch.dtype | None = None) -> str:
+    """sha256 of all tensors with certain prefixes, by name, but for the text head.
 
-
-def _hash_of(directory: Path, prefix: str) -> str:
+    Args:
+        places: the checkpoint of each prefix.
+        dtype: of what is computed with: numbers are taken as they are in it. None takes them as they were saved.
+    """
     digest = hashlib.sha256()
-    with Reader(directory) as reader:
-        for key in sorted(key for key in reader.tensors if key.startswith(prefix)):
-            tensor = reader.read(key)
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for prefix, directory in places.items():
+        with Reader(directory) as reader:
+            for key in sorted(reader.tensors):
+                if not key.startswith(prefix) or key.startswith(TEXT_HEAD):
+                    continue
+                tensor = reader.read(key)
+                tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -201,7 +201,8 @@ def _mix_words(stage: StageConfig) -> Sequence[str]:
 def _paths(stage: StageConfig) -> list[str]:
     """Files and folders that the stage names, and whether they are there. None of them is needed here."""
     named = {f"data.sources.{name}.path": source.path for name, source in stage.data.sources.items()}
-    named |= {f"data.{key}": vars(stage.data)[key] for key in ("tokenizer", "feature_cache", "latent_cache")}
+    keys = ("tokenizer", "feature_cache", "latent_cache", "condition_cache")
+    named |= {f"data.{key}": vars(stage.data)[key] for key in keys}
     named |= {key: vars(stage)[key] for key in ("base_checkpoint", "generator_checkpoint")}
     named |= {
         "train.evaluation.data": stage.train.evaluation.data,

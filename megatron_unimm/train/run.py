@@ -88,7 +88,7 @@ def _prepare(
     method, chunks = setup.build_model(stage, platform, groups)
     setup.fill(chunks, stage, method, start, groups)
     reference = _reference(stage, method, chunks, run_dir, start, groups)
-    loader, total_steps = setup.open_data(stage, method, platform, groups)
+    loader, total_steps = setup.open_data(stage, method, start, platform, groups)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     optimizer = build_optimizer(wrapped, stage, groups)
     step = TrainStep(stage, method, wrapped, optimizer, platform, groups)

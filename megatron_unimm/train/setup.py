@@ -98,7 +98,9 @@ def chat_format(stage: StageConfig) -> ChatFormat:
     return ChatFormat(ChatTokenizer(folder, stage.model), stage.model.vision_encoder, stage.data)
 
 
-def open_data(stage: StageConfig, method: Method, platform: Platform, groups: ParallelGroups) -> tuple[StepLoader, int]:
+def open_data(
+    stage: StageConfig, method: Method, start: Start, platform: Platform, groups: ParallelGroups
+) -> tuple[StepLoader, int]:
     """The loader of this rank and the number of optimizer steps of the stage.
 
     Raises:
@@ -137,7 +139,7 @@ def open_data(stage: StageConfig, method: Method, platform: Platform, groups: Pa
         device=platform.device.index if platform.is_gpu else None,
     )
     loader = StepLoader(
-        work=method.work(DataSetup(sources, lambda: chat_format(stage), *open_caches(stage, groups))),
+        work=method.work(DataSetup(sources, lambda: chat_format(stage), *open_caches(stage, start.directory, groups))),
         mix=mix,
         size=size,
         shard=shard,

@@ -1,6 +1,8 @@
 """Conversations as frames to be drawn: rows drawn by hand, what is left out of conditions, broken and excess images."""
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from megatron_unimm.config.methods import DropoutSchedule
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.queries import QueryVlmConfig
 from megatron_unimm.data.chat import ChatFormat
+from megatron_unimm.data.conditions import VISUAL, WORDS, ConditionStore
 from megatron_unimm.data.decode.build import build_decoder
 from megatron_unimm.data.drawing import picture_noise
+from megatron_unimm.data.features import FeatureMeta, FeatureWriter, finish_cache
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.image_files import DiskImage
 from megatron_unimm.data.images import SiglipFormat, decode, patchify, resize
@@ -20,6 +24,7 @@ from megatron_unimm.data.mix import Draw
 from megatron_unimm.data.plan import BadSample, Laid
 from megatron_unimm.data.sample import Sample, Turn
 from megatron_unimm.data.sources.source import Source
+from megatron_unimm.errors import DataError
 
 GENERATOR = ImageGeneratorConfig.model_validate(
     {
@@ -368,6 +373,98 @@ def test_a_broken_image_voids_its_sample(number: int, make_chat, files, tmp_path
         assert vars(row)[field].shape == vars(sound)[field].shape
     np.testing.assert_array_equal(row.pixels[16:], sound.pixels[16:])
     np.testing.assert_array_equal(row.noise, sound.noise)
+
+
+# -- conditions computed beforehand
+
+
+def write_conditions(work: FrameWork, folder: Path, broken: int | None = None) -> ConditionStore:
+    """Each number tells its sample (thousands) and the token that it is of; an image of ``broken`` was unreadable."""
+    for name, width in ((WORDS, 6), (VISUAL, 5)):
+        meta = FeatureMeta({}, "", "float32", width)
+        writer = FeatureWriter(folder / name, 0, meta)
+        for number, each in enumerate(laid_out(work)):
+            layout = each.layout.layout
+            index = np.concatenate(layout.text_index) if name == WORDS else layout.query_index
+            rows = np.repeat(index[:, None] + 1000.0 * number, width, axis=1).astype(np.float32)
+            writer.add(work.condition_key(each), rows[: 0 if number == broken else None])
+        assert writer.finish() == len(laid_out(work))
+        finish_cache(folder / name, meta)
+    return ConditionStore(folder)
+
+
+def test_conditions_stand_in_for_what_the_vlm_reads(make_chat, files, tmp_path) -> None:
+    """Of each sample the rows of its words and of its queries; the VLM's images are not there, and all else is as it is
+    without a cache."""
+    half = DropoutSchedule(start=0.5, end=0.5)
+    samples, chat = [session(files), text_to_image(files), several(files)], plain_chat(make_chat)
+    plain = work_of(chat, *samples, text=half, visual=half, vlm_alignment=4)
+    work = replace(plain, conditions=write_conditions(plain, tmp_path / "cache"))
+    expected = row_of(plain)
+    starts = 1000 * np.arange(3) - np.array(expected.conversation.segment_bounds[:3])  # from the row to the samples
+    sample_of_word, sample_of_query = (np.repeat(np.arange(3), counts) for counts in ([20, 9, 10], [6, 3, 6]))
+    for own in (work, pickle.loads(pickle.dumps(work))):  # worker processes get it so
+        row = row_of(own)
+        assert row.words is not None
+        assert row.visual is not None
+        assert (row.words.shape, row.visual.shape) == ((39, 6), (15, 5))
+        np.testing.assert_array_equal(row.words[:, 0], expected.word_index + starts[sample_of_word])
+        np.testing.assert_array_equal(row.visual[:, 4], expected.query_index + starts[sample_of_query])
+        assert len(row.conversation.patches) == 0 < len(expected.conversation.patches)
+        for field, value in vars(row).items():
+            if isinstance(value, np.ndarray) and field not in ("words", "visual"):
+                np.testing.assert_array_equal(value, vars(expected)[field])
+    empty = work.row([])
+    assert empty.words is not None
+    assert empty.visual is not None
+    assert (empty.words.shape, empty.visual.shape) == ((0, 6), (0, 5))
+
+
+CHANGES: dict[str, Callable[[Sample, Path], tuple[Sample, dict]]] = {
+    "nothing": lambda sample, file: (sample, {}),
+    "a word": lambda sample, file: (replace(sample, turns=(Turn("user", (0, "red")), *sample.turns[1:])), {}),
+    "who says it": lambda sample, file: (
+        replace(sample, turns=(Turn("user", (0,)), Turn("assistant", ("blue red", 1)))),
+        {},
+    ),
+    "an image": lambda sample, file: (replace(sample, images=(DiskImage(file), sample.images[1])), {}),
+    "the size of images": lambda sample, file: (sample, {"understanding_size": {"min_side": 84, "max_side": 84}}),
+    "the system prompt": lambda sample, file: (sample, {"system_prompt": "red"}),
+    "queries": lambda sample, file: (sample, {}),
+    "the picture to be drawn": lambda sample, file: (replace(sample, images=(sample.images[0], DiskImage(file))), {}),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_sample_is_not_found(what: str, make_chat, files, tmp_path, write_image) -> None:
+    """Whatever of it the VLM reads. The picture that is to be drawn it does not see."""
+    sample, file = edit(files), write_image(tmp_path / "other.png", 56, 28, seed=9)
+    store = write_conditions(work_of(plain_chat(make_chat), sample), tmp_path / "cache")
+    changed, settings = CHANGES[what](sample, file)
+    work = work_of(plain_chat(make_chat, **settings), changed, conditions=store)
+    work = replace(work, vlm=QueryVlmConfig(num_queries=4)) if what == "queries" else work
+    if what in ("nothing", "the picture to be drawn"):
+        assert row_of(work).learned.any()
+        return
+    with pytest.raises(DataError, match=r"cache: lacks made:0, or has it as it was before; run unimm data cache again"):
+        row_of(work)
+
+
+def test_conditions_know_broken_images(make_chat, files, tmp_path) -> None:
+    """No rows say that an image could not be decoded: nothing is learned of the sample, and the shapes stay."""
+    plain = work_of(plain_chat(make_chat), session(files), edit(files))
+    work = replace(plain, conditions=write_conditions(plain, tmp_path / "cache", broken=0))
+    (sample, broken), (neighbour, none) = loaded(work)
+    assert [bad.error.fault for bad in broken] == ["unreadable image"]
+    assert not none
+    row = work.row([sample, neighbour])
+    assert row.learned.tolist() == [False, False, False, False, False, True]
+    assert row.words is not None
+    assert row.visual is not None
+    assert (len(row.words), len(row.visual)) == (20 + 10, 6 + 3)
+    assert not row.words[:20].any()
+    assert not row.visual[:6].any()
+    assert row.words[20:].all()
 
 
 def refused(work: FrameWork) -> str:

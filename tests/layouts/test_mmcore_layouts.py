@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker
 from test_parallel_layouts import DEEPSTACK, OVERLAP, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
 
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.data.shapes import write_shapes
+from megatron_unimm.train.feature_cache import make_cache
 
 TP2, PP2, CP2, EP2 = (f"system.parallel.{axis}=2" for axis in ("tensor", "pipeline", "context", "expert"))
 VPP2 = "system.parallel.virtual_pipeline=2"
@@ -46,6 +48,8 @@ DRAWING = {
     "draws_moe": MODELS["moe"],
 }
 """Of the diffusion transformer's stage: all that draws trains, and in one case queries behind the frozen backbone."""
+CACHED = ("data.condition_cache=FOLDER/cache/conditions", "data.latent_cache=FOLDER/cache/latents")
+"""In place of VLM and VAE; made on one rank. What it is compared with runs both."""
 LAYOUTS = [
     Layout("tp2", 2, (TP2,)),
     Layout("tp2_sp", 2, (TP2, SP)),
@@ -78,6 +82,10 @@ LAYOUTS = [
     Layout("cp2", 2, (CP2,), "draws_sd3"),
     Layout("tp2_sp_pp2", 4, (TP2, SP, PP2), "draws_sd3"),
     Layout("ep2", 2, (EP2,), "draws_moe"),
+    Layout("cached", 1, CACHED, "draws_sd3"),
+    Layout("tp2_sp_cached", 2, (TP2, SP, *CACHED), "draws_sd3"),
+    Layout("pp2_cached", 2, (PP2, *CACHED), "draws_sd3"),
+    Layout("cp2_cached", 2, (CP2, CACHED[0]), "draws_sd3"),
 ]
 SEED = "train.seed=7"
 """So that the first step has an edit of several turns."""
@@ -112,7 +120,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         references.append(task("vlm", "init", model))
         references += [task("diffusion", name, model) for name in ("init", "one_rank")]
     start_worker(1, references)
-    for ranks in (2, 4):
+    cached = task("diffusion", "cache", "draws_sd3", "stages.diffusion.after=null")
+    folder = Path(cached["folder"])
+    stage = worker.stage_config(folder, cached["recipe"], cached["stage"], cached["overrides"])
+    make_cache(stage, folder / "cache", run_dir=folder)
+    for ranks in (1, 2, 4):
         chosen = [layout for layout in LAYOUTS if layout.ranks == ranks]
         start_worker(
             ranks, [task(stage_of(layout.model), layout.name, layout.model, *layout.overrides) for layout in chosen]

@@ -97,8 +97,9 @@ def run(folder: Path, stage: StageConfig, name: str) -> None:
     """Three optimizer steps from FOLDER/start."""
     platform, groups = setup.enter(stage)
     method, chunks = setup.build_model(stage, platform, groups)
-    setup.fill(chunks, stage, method, Start(folder / "start", resume=False), groups)
-    loader, total_steps = setup.open_data(stage, method, platform, groups)
+    start = Start(folder / "start", resume=False)
+    setup.fill(chunks, stage, method, start, groups)
+    loader, total_steps = setup.open_data(stage, method, start, platform, groups)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     step = TrainStep(stage, method, wrapped, build_optimizer(wrapped, stage, groups), platform, groups)
     steps = []

@@ -134,7 +134,7 @@ MMCORE = {
     "connector alone": ((*CONNECTOR, *frozen("vision_encoder", "backbone", "query_tokens")), 0, 1),
 }
 
-
+CONDITIONS = "data.condition_cache=somewhere"
 DIFFUSION = {
     "SD3": ((), 0, 1),
     "SD3, tensor": (TP, 1, 2),
@@ -151,6 +151,10 @@ DIFFUSION = {
     "connector": (CONNECTOR, 0, 1),
     "queries train": ((*CONNECTOR, SOME_OF_THE_VLM), 0, 1),
     "latents made": (("data.latent_cache=somewhere",), 0, 1),
+    "conditions made": ((CONDITIONS,), 0, 1),
+    "conditions made, tensor": ((CONDITIONS, *TP), 1, 2),
+    "conditions made, first of two": ((*FLUX, CONDITIONS, *PP), 0, 2),
+    "conditions made, last of two": ((*FLUX, CONDITIONS, *PP), 1, 2),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from measure import decoder, diffusion, mmcore, orion, place_of
 from small_diffusion import SOME_OF_THE_VLM
 from small_mmcore import FROZEN_VLM, LORA, SIGLIP
-from test_memory import CONNECTOR, CP, FLUX, FULL, MOE, PP, QWEN3, SD35, TP, frozen
+from test_memory import CONDITIONS, CONNECTOR, CP, FLUX, FULL, MOE, PP, QWEN3, SD35, TP, frozen
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_unimm.config.recipe import StageConfig
@@ -195,7 +195,17 @@ def test_decoder_chunks_are_the_whole_model(repo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), FLUX, (*FLUX, *PP), (*SD35, *TP), MOE, (*CONNECTOR, SOME_OF_THE_VLM), (*CONNECTOR, *LORA[:1])]
+    "overrides",
+    [
+        (),
+        FLUX,
+        (*FLUX, *PP),
+        (*SD35, *TP),
+        MOE,
+        (*CONNECTOR, SOME_OF_THE_VLM),
+        (*CONNECTOR, *LORA[:1]),
+        (*FLUX, *PP, CONDITIONS),
+    ],
 )
 def test_diffusion_chunks_are_the_whole_model(overrides: tuple[str, ...], repo: Path) -> None:
     """VLM and diffusion transformer; the method's count of a row is compared with torch's in

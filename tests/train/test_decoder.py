@@ -323,7 +323,9 @@ def test_caches_train_alike(repo: Path, overrides: list[str], tmp_path: Path) ->
     each by its own model's."""
     recipe = small_recipe(repo, *overrides)
     cache = tmp_path / "cache"
-    assert make_cache(select_stage(recipe, "decoder"), cache) > 40
+    counts = make_cache(select_stage(recipe, "decoder"), cache, run_dir=tmp_path)
+    assert list(counts) == [cache / "features", cache / "latents"]
+    assert min(counts.values()) > 20
     features, latents = f"data.feature_cache={cache}/features", f"data.latent_cache={cache}/latents"
     short = [*overrides, "train.steps=2"]
     pixels = train(repo, tmp_path / "pixels", *short)
@@ -344,7 +346,7 @@ def test_latents_of_another_patch_size_are_refused(
     stage = small_decoder(repo, *overrides, f"data.latent_cache={tmp_path}")
     finish_cache(tmp_path, replace(latent_meta(stage), width=4))
     with pytest.raises(UserError, match=r"width differs: 4 there, 16 here; make it again"):
-        open_caches(stage, world[1])
+        open_caches(stage, Path(stage.generator_checkpoint), world[1])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ where weights come from, and FLOPs."""
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
+from megatron.core.dist_checkpointing import ShardedTensor
 from small_decoder import generator_of
 from small_diffusion import (
     MODELS,
+    SMALL,
     SOME_OF_THE_VLM,
     THREE,
     World,
@@ -31,20 +36,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_unimm.checkpoint.ranks import Ranks
+from megatron_unimm.checkpoint.store import save
 from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.cli.main import unimm
 from megatron_unimm.config.load import select_stage
+from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.convert import verify
+from megatron_unimm.data.conditions import ConditionStore
+from megatron_unimm.data.features import FeatureStore, Key
 from megatron_unimm.data.frames import FrameRow, FrameSample
-from megatron_unimm.methods.drawing.model import PictureInput
+from megatron_unimm.errors import ConfigError, UserError
+from megatron_unimm.methods.drawing.model import DrawingModel, PictureInput
 from megatron_unimm.methods.mmcore import flops as mmcore_flops
 from megatron_unimm.methods.mmcore.diffusion.flops import row_flops
 from megatron_unimm.methods.mmcore.diffusion.model import DiffusionBatch
+from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.models.mmdit import modulation
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.mmdit.model import MMDiTInput
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup
+from megatron_unimm.train.caches import condition_metas, open_caches
+from megatron_unimm.train.feature_cache import make_cache
 from megatron_unimm.train.run import train_stage
 from megatron_unimm.train.state import checkpoint_folder, find_start, model_state
 from megatron_unimm.train.step import TrainStep
@@ -374,10 +388,165 @@ def test_resume_is_exact(repo: Path, overrides: list[str], run_dir: Path, tmp_pa
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+# -- conditions computed beforehand
+
+
+@pytest.fixture(scope="module")
+def cache(repo: Path, overrides: list[str], run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``unimm data cache`` writes for the stage."""
+    folder = tmp_path_factory.mktemp("cache")
+    command = ["data", "cache", str(repo / "configs/mmcore/shapes.yaml"), "--stage", "diffusion", "--to", str(folder)]
+    try:
+        done = CliRunner().invoke(unimm, [*command, "--run-dir", str(run_dir), *SMALL, *overrides])
+    finally:
+        destroy_groups()
+    assert done.exit_code == 0, done.output
+    counts = {line.split()[1]: int(line.split()[0]) for line in done.stdout.splitlines()}
+    # 12 samples of each of three kinds; two pictures of an edit, and more of a session.
+    assert counts[f"{folder}/conditions"] == 36
+    assert counts[f"{folder}/latents"] > 36
+    return folder
+
+
+def used(cache: Path, *names: str) -> list[str]:
+    folders = {"condition": "conditions", "latent": "latents"}
+    return [f"data.{name}_cache={cache}/{folders[name]}" for name in names or folders]
+
+
+def trained_weights(run_dir: Path) -> dict[str, Tensor]:
+    found = tensors(checkpoint_folder(run_dir, "diffusion") / "step_00000004")
+    return {key: value for key, value in found.items() if not key.startswith("optimizer.")}
+
+
+@pytest.mark.parametrize("names", [("condition",), ("condition", "latent")])
+def test_conditions_from_a_cache_train_alike(
+    names: tuple[str, ...],
+    repo: Path,
+    overrides: list[str],
+    run_dir: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four steps, in which the VLM is not run: losses, gradient norms and the order of samples are those of the run
+    with the VLM; so are the weights at the end, the VLM's, which are still there, bit for bit."""
+    shutil.copytree(run_dir / "vlm", tmp_path / "vlm")
+    monkeypatch.setattr(MMCoreVlm, "condition", None)
+    if len(names) == 2:
+        monkeypatch.setattr(DrawingModel, "_encoded", lambda self, pictures: pictures.latents)
+    lines = train(repo, tmp_path, "diffusion", [*overrides, *used(cache, *names)])
+    expected = [json.loads(line) for line in (run_dir / "diffusion" / "metrics.jsonl").read_text().splitlines()]
+    for found, wanted in zip(lines, expected, strict=True):
+        assert found["draws"] == wanted["draws"]
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
+        assert found["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-5)
+    weights, with_vlm = trained_weights(tmp_path), trained_weights(run_dir)
+    assert weights.keys() == with_vlm.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, with_vlm[key], rtol=0, atol=0 if key.startswith(VLM_PARTS) else 1e-4)
+
+
+def open_conditions(stage: StageConfig, start: Path, world: World) -> ConditionStore:
+    conditions = open_caches(stage, start, world[1])[2]
+    assert conditions is not None
+    return conditions
+
+
+def test_conditions_belong_to_a_vlm(repo: Path, overrides: list[str], run_dir: Path, cache: Path, world: World) -> None:
+    """They serve this stage, its resumes and the one after it. Another VLM's are refused, by weights, configs and
+    dtype; of one without query tokens none are made."""
+    overrides = [*overrides, *used(cache, "condition")]
+    recipe = small_recipe(repo, *overrides)
+    before, after = (checkpoint_folder(run_dir, name) / "step_00000004" for name in ("vlm", "diffusion"))
+    for stage, start in (("diffusion", before), ("diffusion", after), ("diffusion_sft", after)):
+        assert len(open_conditions(recipe.stages[stage], start, world).words) == 36
+    refused = {
+        "weights differs: of another model; make it again": ([], before.with_name("step_00000002")),
+        "encoder differs: of another model": (["queries.connector.projection=linear"], before),
+        "weights differs: of another model": (["system.precision.dtype=bfloat16"], before),
+    }
+    for message, (more, start) in refused.items():
+        with pytest.raises(UserError, match=f"conditions/words: {message}"):
+            open_conditions(small_diffusion(repo, *overrides, *more), start, world)
+    with pytest.raises(UserError, match="holds no query tokens"):
+        open_conditions(recipe.stages["diffusion"], Path(recipe.stages["diffusion"].base_checkpoint), world)
+
+
+def test_the_hash_goes_by_what_is_computed_with(repo: Path, overrides: list[str], run_dir: Path) -> None:
+    """Not by the text head, nor by whether a checkpoint was saved with more digits than the stage has."""
+    before = checkpoint_folder(run_dir, "vlm") / "step_00000004"
+    halved = small_diffusion(repo, *overrides, "system.precision.dtype=bfloat16")
+    found = {key: value.bfloat16() for key, value in tensors(before, *VLM_PARTS).items()}
+    other = run_dir / "in_bfloat16"
+    head = "backbone.output_layer.weight"
+    state = {key: ShardedTensor.from_rank_offsets(key, value) for key, value in found.items()}
+    state[head].data = torch.zeros_like(state[head].data)
+    save({"model": state}, other, {})
+    assert condition_metas(halved, other) == condition_metas(halved, before)
+
+
+WRONG_USE = {
+    "the VLM trains": ("diffusion", (SOME_OF_THE_VLM,), r"set, but the VLM trains in stage diffusion"),
+    "no diffusion transformer": ("vlm", (), r"set, but method mmcore of stage vlm learns from no such conditions"),
+    "policy": ("policy", (), r"set, but method mmcore_policy of stage policy learns from no such conditions"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_USE)
+def test_conditions_are_of_use_to_a_frozen_vlm_only(name: str, repo: Path, world: World, tmp_path: Path) -> None:
+    stage, more, message = WRONG_USE[name]
+    recipe = small_recipe(repo, *more, *used(tmp_path, "condition"))
+    with pytest.raises(ConfigError, match=rf"data\.condition_cache: {message}"):
+        open_caches(recipe.stages[stage], tmp_path, world[1])
+
+
+def test_features_are_of_no_use_to_it(repo: Path, world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.feature_cache: .* is its VLM's own; leave it empty"):
+        open_caches(small_diffusion(repo, f"data.feature_cache={tmp_path}"), tmp_path, world[1])
+
+
+def test_a_trained_vlm_leaves_latents_to_make(repo: Path, overrides: list[str], run_dir: Path, tmp_path: Path) -> None:
+    stage = small_diffusion(repo, *overrides, SOME_OF_THE_VLM)
+    assert list(make_cache(stage, tmp_path / "cache", run_dir)) == [tmp_path / "cache/latents"]
+    policy = small_recipe(repo, *overrides).stages["policy"]
+    with pytest.raises(ConfigError, match="policy learns from what it draws itself"):
+        make_cache(policy, tmp_path / "none", run_dir)
+
+
+LAYOUTS = {"tensor": "system.parallel={tensor: 2, sequence: true}", "context": "system.parallel={context: 2}"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_share_the_work(
+    layout: str, repo: Path, overrides: list[str], run_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Two ranks compute together, or each has its share though in training they share rows: the same keys and
+    numbers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_unimm.cli", "data", "cache", str(repo / "configs/mmcore/shapes.yaml")]
+    command += ["--stage", "diffusion", "--run-dir", str(run_dir), *SMALL, *overrides]
+    done = subprocess.run([*command, "--to", str(tmp_path / "to"), LAYOUTS[layout]], cwd=repo, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert len(list((tmp_path / "to/conditions/words").glob("part-*.rows"))) == (1 if layout == "tensor" else 2)
+    for part in ("conditions/words", "conditions/visual", "latents"):
+        found, expected = FeatureStore(tmp_path / "to" / part), FeatureStore(cache / part)
+        assert found.meta == expected.meta
+        assert entries(expected)
+        for key, rows in entries(expected).items():
+            np.testing.assert_allclose(found.get(key), rows, rtol=0, atol=1e-5)
+
+
+def entries(store: FeatureStore) -> dict[Key, np.ndarray]:
+    keys = [(int(one), int(two)) for part in store._parts for one, two in part.keys]
+    found = {key: store.get(key) for key in keys}
+    return {key: rows for key, rows in found.items() if rows is not None}
+
+
 # -- FLOPs
 
 
-@pytest.mark.parametrize("trains", ["drawing", "queries too"])
+@pytest.mark.parametrize("trains", ["drawing", "queries too", "drawing, from cached conditions"])
 @pytest.mark.parametrize("model", MODELS)
 def test_flops_equal_torch_counter(
     model: str, trains: str, repo: Path, world: World, monkeypatch: pytest.MonkeyPatch
@@ -385,9 +554,13 @@ def test_flops_equal_torch_counter(
     """Exactly, of everything but what is left out: the VAE's convolutions (latents come made), the pathways, the
     masked half of the VLM's attention, and sums over the tokens of a conditioning vector, which the layers write as
     products."""
-    table = (SOME_OF_THE_VLM,) if trains == "queries too" else ()
-    step = diffusion_step(small_diffusion(repo, *MODELS[model], *table), world)
+    cached = trains == "drawing, from cached conditions"
+    settings = ("data.condition_cache=somewhere",) if cached else (SOME_OF_THE_VLM,) if trains == "queries too" else ()
+    step = diffusion_step(small_diffusion(repo, *MODELS[model], *settings), world)
     chunk, row = chunk_of(step), row_of(step.stage, several(step.stage))
+    if cached:
+        words, visual = (np.ones((len(index), 64), np.float32) for index in (row.word_index, row.query_index))
+        row = replace(row, words=words, visual=visual)
     batch = batch_of(step, row)
     with torch.no_grad():
         latents = chunk._encoded(batch.pictures)

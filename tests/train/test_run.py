@@ -171,7 +171,7 @@ def test_wrong_input_names_its_place(name: str, train: Train, tmp_path: Path) ->
 
 def make_features(repo: Path, overrides: list[str], folder: Path, *more: str) -> int:
     recipe = load_recipe(repo / "configs/orion/shapes.yaml", [*overrides, *more])
-    return make_cache(select_stage(recipe, "warm_up"), folder)
+    return make_cache(select_stage(recipe, "warm_up"), folder, run_dir=folder)[folder]
 
 
 def test_cached_features_train_alike(repo: Path, overrides: list[str], train: Train, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Model FLOPs of rows of MMCORE's diffusion transformer: what is counted and how is said in ``models/flops.py``.
 
 Counted are all products of the diffusion transformer and of the VLM. Left out are the VAE, whose convolutions are no
-matrix products, and the pathways, two layers on the condition's tokens.
+matrix products, and the pathways, two layers on the condition's tokens. Of conditions that were computed beforehand the
+VLM costs nothing.
 """
 
 import numpy as np
@@ -20,8 +21,10 @@ CONDITION = ("pathways", VLM.removesuffix("."))
 
 def row_flops(row: FrameRow, stage: StageConfig) -> float:
     """Model FLOPs of one row, forward and backward, over all ranks that share it."""
-    vlm = latents_flops(row.conversation, row.num_images, vlm_stage(stage), VLM)
-    return mmdit_cost(load_of(row), stage, *CONDITION) + vlm
+    drawing = mmdit_cost(load_of(row), stage, *CONDITION)
+    if stage.data.condition_cache:
+        return drawing
+    return drawing + latents_flops(row.conversation, row.num_images, vlm_stage(stage), VLM)
 
 
 def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
@@ -34,12 +37,14 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
         number=np.array([number for number, _ in sample.entries]),
         is_clean=np.array([clean for _, clean in sample.entries]),
     )
-    load = MMDiTLoad(0, 0, len(frames), *_pairs(frames))
+    drawing = mmdit_cost(MMDiTLoad(0, 0, len(frames), *_pairs(frames)), stage, *CONDITION)
+    if stage.data.condition_cache:
+        return drawing
     pairs = causal_pairs((0, len(sample.layout)))
     decoder = decoder_work(stage.model.backbone, len(sample.layout), pairs)
     vlm = decoder.cost(backbone_trains(stage, VLM), has_gradient(stage, VLM))
     vlm += tower_flops(sample.layout.tokens.grids, vlm_stage(stage), VLM)
-    return mmdit_cost(load, stage, *CONDITION) + vlm
+    return drawing + vlm
 
 
 def load_of(row: FrameRow) -> MMDiTLoad:

@@ -32,7 +32,8 @@ class DiffusionFootprints:
         pixels: bool = True,
     ) -> FrameRow:
         work = frame_work(stage, DataSetup({}, lambda: wordless_chat(stage.model, stage.data)))
-        return frame_row(shares(stage.data, kinds), work, LARGE_PHOTO if large else PHOTO, pixels)
+        widths = stage.model.backbone.hidden_size, vlm_of(stage).latent_size(stage.model)
+        return frame_row(shares(stage.data, kinds), work, widths, LARGE_PHOTO if large else PHOTO, pixels)
 
     def row_flops(self, stage: StageConfig, row: FrameRow) -> float:
         return row_flops(row, stage)
@@ -67,12 +68,27 @@ class _Chunk(DrawingChunk):
         self.vlm = self._vlm() if place.first else None
 
     def _vlm(self) -> ChunkFootprint:
-        """All of the VLM, whose last hidden states are what the pathways read."""
+        """All of the VLM, whose last hidden states are what the pathways read; of what was computed beforehand it has
+        its weights alone."""
         stage = vlm_stage(self.stage)
         spread = Spread.of(stage.system, self.spread.fused)
         place = ChunkPlace(first=True, last=True, layers=range(stage.model.backbone.num_layers))
         load = QueryLoad.without_teacher(self.row.conversation, self.row.num_images, stage)
-        return QueryChunk(stage, spread, place, load, teacher=None, prefix=VLM).footprint()
+        found = QueryChunk(stage, spread, place, load, teacher=None, prefix=VLM).footprint()
+        if not self.stage.data.condition_cache:
+            return found
+        numbers = len(self.row.word_index) * stage.model.backbone.hidden_size
+        numbers += len(self.row.query_index) * vlm_of(stage).latent_size(stage.model)
+        return ChunkFootprint(
+            trained=found.trained,
+            frozen=found.frozen,
+            companions=found.companions,
+            kept={},
+            inputs=numbers * spread.itemsize,
+            largest_weight=found.largest_weight,
+            forward=Flops(),
+            backward=Flops(),
+        )
 
     def footprint(self) -> ChunkFootprint:
         found = super().footprint()
@@ -107,7 +123,7 @@ class _Chunk(DrawingChunk):
         return words + pathway_kept(latent_size, condition, self.spread, len(self.row.query_index))
 
     def inputs(self) -> float:
-        """And the conversation."""
+        """And the conversation, or what was computed of it."""
         return super().inputs() + (0.0 if self.vlm is None else self.vlm.inputs)
 
     def flops(self) -> tuple[Flops, Flops, Flops]:

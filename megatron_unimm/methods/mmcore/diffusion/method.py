@@ -105,13 +105,21 @@ class MMCoreDiffusion:
         return {"queries": self.stage.queries.model_dump(mode="json"), "pathways": {}}
 
     def _condition(self, row: FrameRow, model: MMCoreDiffusionModel, place: Place) -> ConditionInput:
-        role = replace(model.vlm.role(), device=place.device)
+        conversation = word_index = words = latents = None
+        if row.words is not None and row.visual is not None:
+            words, latents = stored(row.words, place), stored(row.visual, place)
+        else:
+            role = replace(model.vlm.role(), device=place.device)
+            conversation = build_condition_batch(row.conversation, row.query_index, self.stage.model, role)
+            word_index = torch.from_numpy(row.word_index).to(place.device, non_blocking=True)
         return ConditionInput(
-            conversation=build_condition_batch(row.conversation, row.query_index, self.stage.model, role),
-            word_index=torch.from_numpy(row.word_index).to(place.device, non_blocking=True),
+            conversation=conversation,
+            word_index=word_index,
             order=torch.from_numpy(row.condition_order).to(place.device, non_blocking=True),
             text_kept=floats(row.text_kept, place),
             visual_kept=floats(row.visual_kept, place),
+            words=words,
+            latents=latents,
         )
 
     def _pictures(self, row: FrameRow, place: Place) -> PictureInput:
@@ -159,6 +167,7 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
         vlm_alignment=aligned,
         vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),
         latents=data.latents,
+        conditions=data.conditions,
     )
 
 

@@ -7,7 +7,8 @@
                      ε ───┴─► x_t = (1 − t) x_0 + t ε ───────────────────────────────────────────┘
 
 Attention is block-causal over the frames of a conversation (figure 6; ``models/mmdit/visibility.py``). The VLM is whole
-on the first pipeline stage, tensor and context parallel as the rest.
+on the first pipeline stage, tensor and context parallel as the rest. Where it is frozen, what it says may have been
+computed beforehand (``data/conditions.py``), and it is only kept.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from megatron_unimm.config.methods import MMCoreDrawing
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.frames import FrameRow
 from megatron_unimm.methods.drawing.model import DrawingBatch, DrawingModel
-from megatron_unimm.methods.mmcore.batch import MMCoreBatch
+from megatron_unimm.methods.mmcore.batch import MMCoreBatch, build_condition_batch
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.models.lora import add_lora
@@ -39,7 +41,7 @@ class ConditionInput:
 
     conversation: MMCoreBatch | None
     """For the VLM; None where what it says was computed beforehand."""
-    word_index: Tensor
+    word_index: Tensor | None
     """int64 ``[V]``: in its row."""
     order: Tensor
     """int64 ``[V + Q]``: of the text stream, places among the words, then the visual latents."""
@@ -85,9 +87,7 @@ class MMCoreDiffusionModel(DrawingModel):
             used = add_lora(self.mmdit, method.lora, self.backend, groups.collection, stage.train.seed)
             self.lora_used["method.lora"] = used
         if self.pre_process:
-            self.vlm = MMCoreVlm(
-                vlm_stage(stage), queries, platform, groups.without_pipeline(), frozen, with_teacher=False
-            )
+            self.vlm = build_vlm(stage, platform, groups, frozen)
             self.lora_used |= self.vlm.lora_used
             # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
             torch.manual_seed(stage.train.seed)
@@ -114,6 +114,7 @@ class MMCoreDiffusionModel(DrawingModel):
         words, latents = batch.condition.words, batch.condition.latents
         if words is None or latents is None:
             assert batch.condition.conversation is not None
+            assert batch.condition.word_index is not None
             hidden, latents = self.vlm.condition(batch.condition.conversation)  # [T, H], [Q, D]
             words = hidden.index_select(0, batch.condition.word_index)
         return self.condition(words, latents, batch.condition)
@@ -128,6 +129,20 @@ class MMCoreDiffusionModel(DrawingModel):
     def added(self, canvas: Canvas) -> Tensor | None:
         """What tells frames apart."""
         return self.frame_embedding(canvas.frame_number) if isinstance(self.model.mmdit, Sd3Config) else None
+
+
+def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, frozen: FrozenParts) -> MMCoreVlm:
+    """The VLM of a stage, whole on each of its pipeline stages."""
+    assert stage.queries is not None
+    whole = groups.without_pipeline()
+    return MMCoreVlm(vlm_stage(stage), stage.queries, platform, whole, frozen, with_teacher=False)
+
+
+def condition_of(vlm: MMCoreVlm, row: FrameRow) -> tuple[Tensor, Tensor]:
+    """What a VLM says of a row: the last hidden states at its words ``[V, H]``, and visual latents ``[Q, D]``."""
+    role = vlm.role()
+    hidden, latents = vlm.condition(build_condition_batch(row.conversation, row.query_index, vlm.stage.model, role))
+    return hidden.index_select(0, torch.from_numpy(row.word_index).to(role.device)), latents
 
 
 def vlm_stage(stage: StageConfig) -> StageConfig:

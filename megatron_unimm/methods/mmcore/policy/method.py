@@ -98,10 +98,9 @@ class MMCorePolicy:
 
 
 def _condition(row: PolicyRow, place: Place) -> ConditionInput:
-    nothing = torch.zeros(0, dtype=torch.int64, device=place.device)
     return ConditionInput(
         conversation=None,
-        word_index=nothing,
+        word_index=None,
         order=torch.from_numpy(row.condition_order).to(place.device),
         text_kept=floats(row.text_kept, place),
         visual_kept=floats(row.visual_kept, place),
