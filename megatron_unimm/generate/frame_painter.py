@@ -25,7 +25,6 @@ from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
-from megatron_unimm.data.queries import query_tokens
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError
 from megatron_unimm.flow.guidance import combined, guided_at
@@ -47,9 +46,6 @@ from megatron_unimm.models.vision import VisionInput, VisionTower
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train.state import load_average, load_base
-
-DRAWING = "drawing"
-"""Id of the samples that are made here."""
 
 
 @dataclass(frozen=True)
@@ -176,24 +172,10 @@ class FramePainter(BasePainter):
         """The frames of a conversation that ends with the picture to be drawn.
 
         Raises:
-            ConfigError: the conversation has more pictures than the model can tell apart.
+            UserError: the conversation has more pictures than the model can tell apart.
         """
-        turns = [*request.turns, Turn("assistant", (len(request.pictures),))]
         sizes = [(picture.shape[1], picture.shape[0]) for picture in request.pictures]
-        layout = query_tokens(
-            DRAWING,
-            "interleaved",
-            turns,
-            [*sizes, request.size],
-            self.work.chat,
-            self.work.vlm.num_queries,
-            answer=False,
-        )
-        sample = self.work.frames_of(layout, turns, [*sizes, request.size], key=0)
-        # Only the last is drawn; the earlier ones are there as they look.
-        is_drawn = np.arange(len(sample.sizes)) == len(sample.sizes) - 1
-        read = replace(layout, text_index=layout.text_index[-1:])
-        return Drawable(replace(sample, layout=read, is_drawn=is_drawn), request)
+        return Drawable(self.work.frames_to_draw(request.turns, [*sizes, request.size]), request)
 
     @property
     def nothing(self) -> Tensor:

@@ -38,7 +38,7 @@ from megatron_unimm.convert.source import HfModel
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample, FrameWork
-from megatron_unimm.data.queries import QueryTokens, query_tokens
+from megatron_unimm.data.queries import QueryTokens
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError, UserError
 from megatron_unimm.flow.guidance import combined, guided_at
@@ -171,17 +171,14 @@ class MMCorePipeline:
     # -- what is asked
 
     def _lay_out(self, prompt: str, pictures: Sequence[np.ndarray]) -> "Asked":
-        _check(prompt, pictures, self.work.max_frames)
+        _check(prompt, pictures)
         work, data, encoder = self.work, self.work.data, self.work.chat.encoder
-        turns = [Turn("user", (*range(len(pictures)), prompt)), Turn("assistant", (len(pictures),))]
         height, width = pictures[-1].shape[:2] if pictures else (CANVAS, CANVAS)  # edits keep the shape
         new = images.target_size(width, height, data.generation_size, encoder.token_pixels)
         sizes = [*((picture.shape[1], picture.shape[0]) for picture in pictures), new]
-        layout = query_tokens("drawing", "interleaved", turns, sizes, work.chat, work.vlm.num_queries, answer=False)
-        tokens = replace(layout.tokens, patches=self._patches(layout, pictures))
-        sample = work.frames_of(layout, turns, sizes, key=0)
-        is_drawn = np.arange(len(sample.sizes)) == len(sample.sizes) - 1
-        return Asked(replace(sample, layout=replace(layout, tokens=tokens), is_drawn=is_drawn), tuple(pictures))
+        sample = work.frames_to_draw([Turn("user", (*range(len(pictures)), prompt))], sizes)
+        tokens = replace(sample.layout.tokens, patches=self._patches(sample.layout, pictures))
+        return Asked(replace(sample, layout=replace(sample.layout, tokens=tokens)), tuple(pictures))
 
     def _patches(self, layout: QueryTokens, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Of the pictures as the VLM reads them, float32 ``[P, patch_dim]``."""
@@ -298,8 +295,8 @@ def _noise(seed: int, number: int, tokens: int, width: int) -> Tensor:
     return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32))
 
 
-def _check(prompt: str, pictures: Sequence[np.ndarray], max_frames: int) -> None:
-    """Refuse what cannot be drawn.
+def _check(prompt: str, pictures: Sequence[np.ndarray]) -> None:
+    """Refuse what is no prompt, or no picture.
 
     Raises:
         UserError: names it, and what to give.
@@ -310,9 +307,6 @@ def _check(prompt: str, pictures: Sequence[np.ndarray], max_frames: int) -> None
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             what = f"is {picture.dtype} {list(picture.shape)}; give uint8 (height, width, 3)"
             raise UserError(f"pictures[{number}]", what)
-    if len(pictures) >= max_frames:
-        what = f"are {len(pictures)}, but the model tells {max_frames} apart, the new one included; give fewer"
-        raise UserError("pictures", what)
 
 
 # ---------------------------------------------------------------------------------------------- folders
