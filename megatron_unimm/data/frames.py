@@ -266,6 +266,18 @@ class FrameWork:
         read = replace(layout, text_index=layout.text_index[-1:])
         return replace(found, layout=read, is_drawn=np.arange(last + 1) == last)
 
+    def with_patches(self, sample: FrameSample, pictures: Sequence[np.ndarray]) -> FrameSample:
+        """With what the VLM reads of its pictures (uint8 (H, W, 3))."""
+        encoder, data, layout = self.chat.encoder, self.data, sample.layout
+        parts = [np.zeros((0, encoder.patch_dim), dtype=np.float32)]
+        for index, drawn, grid in zip(layout.read_index, layout.read_drawn, layout.tokens.grids, strict=True):
+            height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
+            rule = data.generation_size if drawn else data.understanding_size
+            pixels = images.resize(pictures[index], width, height, crop=rule.crop, filter=rule.filter)
+            parts.append(images.patchify(pixels, encoder)[0])
+        tokens = replace(layout.tokens, patches=np.concatenate(parts))
+        return replace(sample, layout=replace(layout, tokens=tokens))
+
     # -- what its images hold
 
     def picture_requests(self, laid: Laid) -> list[ImageRequest]:

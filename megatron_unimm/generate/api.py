@@ -21,6 +21,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, concat_patches, image_order, prompt_tokens
 from megatron_unimm.data.sample import Turn
+from megatron_unimm.data.sizes import new_size
 from megatron_unimm.errors import CheckpointError, UserError
 from megatron_unimm.generate.checkpoint import generation_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, Stream, decode
@@ -36,10 +37,6 @@ from megatron_unimm.train import setup
 from megatron_unimm.train.state import check_architecture, load_base, load_weights
 
 logger = logging.getLogger(__name__)
-
-
-LARGE = 1 << 14
-"""Pixels."""
 
 
 class Generator:
@@ -213,9 +210,7 @@ class Generator:
         """Grid of an image to be generated, or of another rule: of the shape of the last one given (edits keep it),
         else a square."""
         limits, encoder = rule or self.chat.data.generation_size, self.chat.encoder
-        # A square larger than any limit is brought to the largest one that the rule allows.
-        height, width = (LARGE, LARGE) if like is None else like.shape[:2]
-        width, height = images.target_size(width, height, limits, encoder.token_pixels)
+        width, height = new_size(None if like is None else (like.shape[1], like.shape[0]), limits, encoder.token_pixels)
         return np.array([1, height // encoder.patch_size, width // encoder.patch_size], dtype=np.int64)
 
     def _blank(self, image: GeneratedImage) -> np.ndarray:
