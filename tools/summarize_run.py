@@ -1,5 +1,5 @@
-"""Tables of a run's stages and ``summary.json``: losses first and last, speed, skipped steps, scores before and after,
-and what ``unimm evaluate --suite shapes --to RUN/shapes.json`` measured of its pictures.
+"""Tables of a run's stages and ``summary.json``: losses and rewards first and last, speed, skipped steps, accuracies
+before and after, and what ``unimm evaluate --suite SUITE --to RUN/SUITE.json`` measured at its end.
 
 python tools/summarize_run.py runs/quickstart
 """
@@ -12,6 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+REWARD = "reward/total"
+ACCURACIES = {"shapes_qa": "question_answering", "shapes_retrieval": "generation_retrieval"}
+"""Suites that training evaluates, and what they are called here."""
+TITLES = {
+    "shapes": "Pictures of held-out prompts, questions, edits",
+    "shapes_qa": "Questions about held-out scenes",
+    "shapes_sessions": "Two edits in a conversation, choices among many pictures",
+}
+"""Suites that are evaluated at the end."""
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON lines file; none if it is absent."""
@@ -19,21 +29,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize_stage(folder: Path) -> dict[str, Any]:
-    """First and last value of each loss term, mean tokens/s, skipped steps, and the evaluations of one stage."""
+    """First and last value of each loss term and of the reward, mean tokens/s, skipped steps, evaluations."""
     records = read_lines(folder / "metrics.jsonl")
     if not records:
         raise SystemExit(f"error: {folder}: has no metrics.jsonl; train the stage first")
-    first, last = records[0], records[-1]
+    first, last = ({**record["losses"], **_reward(record)} for record in (records[0], records[-1]))
     seconds = [record["step_seconds"] for record in records]
     tokens = [record["tokens_per_second"] * second for record, second in zip(records, seconds, strict=True)]
     return {
-        "steps": last["step"],
-        "losses": {term: {"first": first["losses"][term], "last": last["losses"][term]} for term in first["losses"]},
+        "steps": records[-1]["step"],
+        "losses": {term: {"first": first[term], "last": last[term]} for term in first},
         "tokens_per_second": sum(tokens) / sum(seconds),
-        "skipped_steps": last["skipped_steps"],
-        "faults": last["faults"],
+        "skipped_steps": records[-1]["skipped_steps"],
+        "faults": records[-1]["faults"],
         "evaluations": read_lines(folder / "evaluation.jsonl"),
     }
+
+
+def _reward(record: dict[str, Any]) -> dict[str, float]:
+    """Of pictures that a policy drew."""
+    return {"reward": record["extra"][REWARD]} if REWARD in record["extra"] else {}
 
 
 def score(stages: dict[str, dict[str, Any]], suite: str, *, first: bool) -> float | None:
@@ -50,14 +65,15 @@ def summarize(run: Path) -> dict[str, Any]:
     stages = {folder.name: summarize_stage(folder) for folder in folders}
     scores = {
         name: {"before": score(stages, suite, first=True), "after": score(stages, suite, first=False)}
-        for name, suite in (("question_answering", "shapes_qa"), ("generation_retrieval", "shapes_retrieval"))
+        for suite, name in ACCURACIES.items()
     }
-    drawn = run / "shapes.json"
-    return {"stages": stages, "scores": scores, "shapes": json.loads(drawn.read_text()) if drawn.exists() else None}
+    scores = {name: pair for name, pair in scores.items() if pair["after"] is not None}
+    reports = {suite: json.loads(file.read_text()) for suite in TITLES if (file := run / f"{suite}.json").exists()}
+    return {"stages": stages, "scores": scores, **reports}
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
-    """Two tables."""
+    """Training, accuracies, and a table of each suite."""
     table = Table("stage", "steps", "loss", "first", "last", "tokens/s", "skipped", title="Training")
     for name, stage in summary["stages"].items():
         parts = {term: values for term, values in stage["losses"].items() if "/" not in term}
@@ -71,12 +87,13 @@ def show(summary: dict[str, Any], console: Console) -> None:
     for name, pair in summary["scores"].items():
         scores.add_row(name.replace("_", " "), *("-" if value is None else f"{value:.3f}" for value in pair.values()))
     console.print(scores)
-    if summary["shapes"] is not None:
-        pictures = Table("score", "", title="Pictures of held-out prompts, questions, edits")
-        for name, value in summary["shapes"]["scores"].items():
-            if "/" not in name:
-                pictures.add_row(name.replace("_", " "), f"{value:.3f}")
-        console.print(pictures)
+    for suite, title in TITLES.items():
+        if suite in summary:
+            table = Table("score", "", title=title)
+            for name, value in summary[suite]["scores"].items():
+                if "/" not in name:
+                    table.add_row(name.replace("_", " "), f"{value:.3f}")
+            console.print(table)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ def chat(
     base: Path | None,
     tensor: int,
     pipeline: int,
+    context: int,
     **drawing: Any,
 ) -> None:
     """Talk with a model. It sees the images that it has generated.
@@ -53,7 +54,9 @@ def chat(
     from megatron_unimm.generate.session import Session
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with load_generator(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
+    with load_generator(
+        model_dir, tensor=tensor, pipeline=pipeline, context=context, decoder=decoder, base=base
+    ) as generator:
         if generator.sampler is not None:
             settings = replace(settings, sampler=sampler_of(generator.sampler, **drawing))
         show = click.echo if generator.is_main else _silent

@@ -77,6 +77,7 @@ def evaluate(
     detections: Path | None,
     tensor: int,
     pipeline: int,
+    context: int,
 ) -> None:
     """Score a model and write the result as JSON."""
     import os
@@ -99,6 +100,7 @@ def evaluate(
         detections=detections,
         tensor=tensor,
         pipeline=pipeline,
+        context=context,
     )
     if os.environ.get("RANK", "0") == "0":
         for name, score in report["scores"].items():

@@ -23,7 +23,9 @@ Examples:
   unimm generate --model runs/quickstart --prompt "Make the circle green." --image scene.png --to edited.png
   unimm generate --model runs/quickstart --prompt "two blue squares" --count 4 --steps 30 --to grid.png
   unimm generate --model runs/quickstart --prompt "How many circles are there?" --image scene.png
-  torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --tensor 2 --prompt "Who are you?\""""
+  torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --tensor 2 --prompt "Who are you?"
+  torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --context 2 --image 1.png --image 2.png … \\
+      --prompt "Put them all into one picture." --to out.png"""
 )
 @model
 @click.option("--prompt", "prompts", required=True, multiple=True, help="What to say; several are answered in a batch.")
@@ -67,6 +69,7 @@ def generate(
     base: Path | None,
     tensor: int,
     pipeline: int,
+    context: int,
     **drawing: Any,
 ) -> None:
     """Answer a prompt, with text or with an image."""
@@ -80,7 +83,9 @@ def generate(
 
     settings = DecodeSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     pictures = read_pictures(image_files)
-    with load_generator(model_dir, tensor=tensor, pipeline=pipeline, decoder=decoder, base=base) as generator:
+    with load_generator(
+        model_dir, tensor=tensor, pipeline=pipeline, context=context, decoder=decoder, base=base
+    ) as generator:
         suffix = "" if to is None else to.suffix.lower()
         if generator.sampler is not None:
             settings = replace(settings, sampler=sampler_of(generator.sampler, **drawing))

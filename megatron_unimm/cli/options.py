@@ -42,8 +42,20 @@ def run_dir_of(recipe: "Recipe", given: Path | None) -> Path:
 
 def layout(command: Command) -> Command:
     """How the model is spread over the ranks of torchrun or srun; replicas share the work where there are more."""
-    command = click.option("--pipeline", default=1, show_default=True, help="Pipeline stages.")(command)
-    return click.option("--tensor", default=1, show_default=True, help="Tensor-parallel ranks.")(command)
+    for option in reversed(
+        (
+            click.option("--tensor", default=1, show_default=True, help="Tensor-parallel ranks."),
+            click.option("--pipeline", default=1, show_default=True, help="Pipeline stages."),
+            click.option(
+                "--context",
+                default=1,
+                show_default=True,
+                help="Ranks that share the tokens of pictures that are drawn, and of those before them.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 def decoding(command: Command) -> Command:

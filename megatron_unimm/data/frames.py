@@ -42,6 +42,7 @@ from megatron_unimm.data.queries import QueryTokens, packed_index, packed_tokens
 from megatron_unimm.data.sample import PackedRow, Sample, Turn
 from megatron_unimm.data.sources.source import Source
 from megatron_unimm.data.workers import laid_out, void
+from megatron_unimm.errors import UserError
 from megatron_unimm.models.mmdit.frames import Frames
 
 
@@ -254,6 +255,39 @@ class FrameWork:
             noise_seed=int(numbers.integers(1 << 62)),
             num_queries=self.vlm.num_queries,
         )
+
+    def frames_to_draw(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> FrameSample:
+        """A conversation's pictures as they look, and a new one behind them that is to be drawn.
+
+        Args:
+            turns: without the new picture.
+            sizes: width and height in pixels of the conversation's images, and last of what the new one's shape goes
+                by.
+
+        Raises:
+            UserError: more pictures than the model can tell apart.
+        """
+        turns = [*turns, Turn("assistant", (len(sizes) - 1,))]
+        layout = query_tokens("drawing", "interleaved", turns, sizes, self.chat, self.vlm.num_queries, answer=False)
+        found = self.frames_of(layout, turns, sizes, key=0)
+        last = len(found.sizes) - 1
+        if last >= self.max_frames:
+            what = f"are {last}, but the model tells {self.max_frames} apart, the new one included; give fewer"
+            raise UserError("pictures", what)
+        read = replace(layout, text_index=layout.text_index[-1:])
+        return replace(found, layout=read, is_drawn=np.arange(last + 1) == last)
+
+    def with_patches(self, sample: FrameSample, pictures: Sequence[np.ndarray]) -> FrameSample:
+        """With what the VLM reads of its pictures (uint8 (H, W, 3))."""
+        encoder, data, layout = self.chat.encoder, self.data, sample.layout
+        parts = [np.zeros((0, encoder.patch_dim), dtype=np.float32)]
+        for index, drawn, grid in zip(layout.read_index, layout.read_drawn, layout.tokens.grids, strict=True):
+            height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
+            rule = data.generation_size if drawn else data.understanding_size
+            pixels = images.resize(pictures[index], width, height, crop=rule.crop, filter=rule.filter)
+            parts.append(images.patchify(pixels, encoder)[0])
+        tokens = replace(layout.tokens, patches=np.concatenate(parts))
+        return replace(sample, layout=replace(layout, tokens=tokens))
 
     # -- what its images hold
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from megatron_unimm.config.data import ResizeFilter
+from megatron_unimm.config.data import ImageSize, ResizeFilter
 from megatron_unimm.config.model import SiglipConfig
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.image_files import ImageFile
@@ -151,6 +151,12 @@ def resize(
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(fit(Image.fromarray(image), width, height, crop=crop, filter=filter))
+
+
+def brought_to(image: np.ndarray, size: ImageSize, factor: int) -> np.ndarray:
+    """Resized by the rule of a config, uint8 (H, W, 3) in and out; see ``data/sizes.py``."""
+    width, height = target_size(image.shape[1], image.shape[0], size, factor)
+    return resize(image, width, height, crop=size.crop, filter=size.filter)
 
 
 def num_patches(width: int, height: int, form: PatchFormat) -> int:

@@ -31,6 +31,16 @@ def target_size(width: int, height: int, size: ImageSize, factor: int) -> tuple[
     return size.side, size.side
 
 
+CANVAS = 1 << 14
+"""Pixels per side of a square that any rule makes smaller."""
+
+
+def new_size(like: tuple[int, int] | None, size: ImageSize, factor: int) -> tuple[int, int]:
+    """Width and height of a picture that is to be made: of the shape of another (edits keep it), else the largest
+    square that the rule allows."""
+    return target_size(*(like or (CANVAS, CANVAS)), size, factor)
+
+
 def smallest_area(size: ImageSize, factor: int) -> int:
     """Visual tokens (squares of side ``factor``) of the smallest image that a rule makes; a lower bound."""
     if isinstance(size, ImageSizeConfig):

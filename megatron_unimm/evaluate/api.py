@@ -30,6 +30,7 @@ def evaluate(
     detections: Path | None = None,
     tensor: int = 1,
     pipeline: int = 1,
+    context: int = 1,
 ) -> dict[str, Any]:
     """Score a checkpoint with a suite; called on every rank that torchrun or srun started (one without them).
 
@@ -64,7 +65,13 @@ def evaluate(
             _write(report, (), to)
         return report
     with load_generator(
-        model_dir, tensor=tensor, pipeline=pipeline, with_targets=chosen.needs_targets, base=base, decoder=decoder
+        model_dir,
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        with_targets=chosen.needs_targets,
+        base=base,
+        decoder=decoder,
     ) as generator:
         if chosen.draws and not generator.draws:
             raise UserError(

@@ -48,6 +48,14 @@ def guided_at(t: float, interval: tuple[float, float]) -> bool:
     return low < t <= high
 
 
+def num_conditions(sampler: SamplerConfig) -> int:
+    """Velocities that :func:`combined` makes one of, where words and visual latents are left out one after the
+    other."""
+    if sampler.image_guidance_scale != 1.0:
+        return 3
+    return 1 if sampler.guidance_scale == 1.0 else 2
+
+
 def combined(parts: Sequence[Tensor], sampler: SamplerConfig) -> Tensor:
     """The guided velocity of what a sampler asks for, from the fully conditioned one and those with less: none, one
     (:func:`classifier_free`), or two, the less conditioned last (:func:`two_condition`); then :func:`renormalised`."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_unimm.config.flow import SolverName
@@ -19,6 +21,12 @@ from megatron_unimm.flow.path import data_from_velocity
 
 Velocity: TypeAlias = Callable[[Tensor, float], Tensor]
 OnStep: TypeAlias = Callable[[int, Tensor, float], None]
+
+
+def starting_noise(seed: int, number: int, tokens: int, width: int) -> Tensor:
+    """float32 ``[tokens, width]`` that one picture is drawn from, the same on every machine and rank."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, number]))
+    return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32))
 
 
 def solve(

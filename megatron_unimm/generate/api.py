@@ -16,10 +16,12 @@ from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import find_checkpoint, latest, read_meta
 from megatron_unimm.config.data import ImageSize
 from megatron_unimm.config.flow import SamplerConfig
+from megatron_unimm.config.parallel import ParallelConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, concat_patches, image_order, prompt_tokens
 from megatron_unimm.data.sample import Turn
+from megatron_unimm.data.sizes import new_size
 from megatron_unimm.errors import CheckpointError, UserError
 from megatron_unimm.generate.checkpoint import generation_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, Stream, decode
@@ -35,10 +37,6 @@ from megatron_unimm.train import setup
 from megatron_unimm.train.state import check_architecture, load_base, load_weights
 
 logger = logging.getLogger(__name__)
-
-
-LARGE = 1 << 14
-"""Pixels."""
 
 
 class Generator:
@@ -82,6 +80,7 @@ class Generator:
         *,
         tensor: int = 1,
         pipeline: int = 1,
+        context: int = 1,
         with_targets: bool = False,
         base: Path | None = None,
         decoder: Path | None = None,
@@ -90,7 +89,8 @@ class Generator:
 
         Args:
             model_dir: a checkpoint (imported base model or ``step_…``), or a stage's or run's folder: their newest.
-            tensor, pipeline: layout; ranks beyond ``tensor * pipeline`` are replicas.
+            tensor, pipeline, context: layout; ranks beyond ``tensor * pipeline * context`` are replicas. Ranks of
+                ``context`` share the drawing of pictures, and decode each for itself.
             with_targets: load the base model's vision encoder too, for :meth:`target_features`.
             base: the base model's checkpoint; None takes the one that the training used.
             decoder: an image decoder's checkpoint or stage; None takes the one in the run's folder, if it has one.
@@ -98,16 +98,24 @@ class Generator:
         Raises:
             CheckpointError: no checkpoint there, or a damaged or foreign one.
             ConfigError: a layout that the model cannot have.
+            UserError: ranks of ``context``, but no pictures for them to share.
         """
         directory = find_language_model(model_dir)
         meta = read_meta(directory)
         decoder_dir = _find_decoder(model_dir, decoder)
+        if context > 1 and decoder_dir is None:
+            what = f"has no image decoder beside it, so that nothing is shared by {context} context-parallel ranks"
+            raise UserError(str(directory), f"{what}; leave --context out, or give one with --decoder")
         trained = meta.get("kind") == "training"
         with_base = with_targets and (trained or base is not None)
         # Numbers below float32 are slow on a CPU and save nothing there.
         dtype = None if select_platform().is_gpu else "float32"
         stage = generation_stage(
-            meta, tensor=tensor, pipeline=pipeline, world_size=setup.world_size(), dtype=dtype, with_base=with_base
+            meta,
+            ParallelConfig(tensor=tensor, pipeline=pipeline, context=context),
+            world_size=setup.world_size(),
+            dtype=dtype,
+            with_base=with_base,
         )
         base_dir = _base_directory(stage, base) if with_base else None
         platform, groups = setup.enter(stage)
@@ -202,9 +210,7 @@ class Generator:
         """Grid of an image to be generated, or of another rule: of the shape of the last one given (edits keep it),
         else a square."""
         limits, encoder = rule or self.chat.data.generation_size, self.chat.encoder
-        # A square larger than any limit is brought to the largest one that the rule allows.
-        height, width = (LARGE, LARGE) if like is None else like.shape[:2]
-        width, height = images.target_size(width, height, limits, encoder.token_pixels)
+        width, height = new_size(None if like is None else (like.shape[1], like.shape[0]), limits, encoder.token_pixels)
         return np.array([1, height // encoder.patch_size, width // encoder.patch_size], dtype=np.int64)
 
     def _blank(self, image: GeneratedImage) -> np.ndarray:

@@ -9,34 +9,37 @@ from megatron_unimm.config.model import ModelConfig, VisionHeadConfig
 from megatron_unimm.config.parallel import ParallelConfig, PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.config.train import ScheduleConfig, TrainableRule, TrainConfig
+from megatron_unimm.data.packing import round_up
 
 
 def generation_stage(
     meta: dict[str, Any],
+    parallel: ParallelConfig,
     *,
-    tensor: int,
-    pipeline: int,
     world_size: int,
     dtype: Literal["float32"] | None,
     with_base: bool,
 ) -> StageConfig:
-    """The stage of a checkpoint's meta, spread over this layout, with nothing in it that only training needs.
+    """The stage of a checkpoint's meta, at a layout's sizes, with nothing in it that only training needs.
 
     Args:
+        parallel: its sizes along tensor, pipeline and context.
         dtype: None for the checkpoint's own.
         with_base: make room for the base model's vision encoder.
     """
     stage = StageConfig.model_validate(yaml.safe_load(meta["config"])) if "config" in meta else _base_stage(meta)
     # A mixture of experts wants sequence parallelism when it is built; decoding switches it off (staged.decoding_mode).
-    sequence = tensor > 1 and stage.model.backbone.moe is not None
+    sequence = parallel.tensor > 1 and stage.model.backbone.moe is not None
     stage.system = SystemConfig(
         platform="auto",
-        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence),
+        parallel=ParallelConfig(
+            tensor=parallel.tensor, pipeline=parallel.pipeline, context=parallel.context, sequence=sequence
+        ),
         precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
         timeout_minutes=stage.system.timeout_minutes,
     )
     # Rows are never packed to this length here; it only has to divide.
-    stage.data.sequence_length += -stage.data.sequence_length % tensor
+    stage.data.sequence_length = round_up(stage.data.sequence_length, 2 * parallel.tensor * parallel.context)
     # No teacher; and where nothing trains, the model's own vision encoder is taken for the base model's.
     if isinstance(stage.method, OrionConfig):
         stage.method.loss_weights.kl = 0.0
@@ -97,7 +100,8 @@ def drawing_stage(
         timeout_minutes=stage.system.timeout_minutes,
     )
     stage.data.latent_cache = "none"  # nothing is compared with, so that the last stage needs no VAE
-    stage.data.sequence_length += -stage.data.sequence_length % parallel.context  # as in generation_stage()
+    multiple = parallel.tensor * parallel.context  # as in generation_stage()
+    stage.data.sequence_length = round_up(stage.data.sequence_length, multiple)
     stage.train = no_training(world_size)
     return stage
 

@@ -6,7 +6,8 @@ Legend  n pictures, each the last frame of its conversation; U image tokens of a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,30 +26,26 @@ from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
-from megatron_unimm.data.queries import query_tokens
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError
-from megatron_unimm.flow.guidance import combined, guided_at
-from megatron_unimm.flow.solvers import solve
+from megatron_unimm.flow.guidance import num_conditions
+from megatron_unimm.flow.guided import FrameState, GuidedFrames, GuidedRow
+from megatron_unimm.flow.solvers import solve, starting_noise
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
-from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
+from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, frame_work
 from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel, condition_of
 from megatron_unimm.models.mmdit.canvas import Canvas
-from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.queries import pooled_to_grid
 from megatron_unimm.models.transformer_config import DTYPES
-from megatron_unimm.models.vae import encode, to_patches
+from megatron_unimm.models.vae import picture_patches
 from megatron_unimm.models.vision import VisionInput, VisionTower
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train.state import load_average, load_base
-
-DRAWING = "drawing"
-"""Id of the samples that are made here."""
 
 
 @dataclass(frozen=True)
@@ -175,24 +172,10 @@ class FramePainter(BasePainter):
         """The frames of a conversation that ends with the picture to be drawn.
 
         Raises:
-            ConfigError: the conversation has more pictures than the model can tell apart.
+            UserError: the conversation has more pictures than the model can tell apart.
         """
-        turns = [*request.turns, Turn("assistant", (len(request.pictures),))]
         sizes = [(picture.shape[1], picture.shape[0]) for picture in request.pictures]
-        layout = query_tokens(
-            DRAWING,
-            "interleaved",
-            turns,
-            [*sizes, request.size],
-            self.work.chat,
-            self.work.vlm.num_queries,
-            answer=False,
-        )
-        sample = self.work.frames_of(layout, turns, [*sizes, request.size], key=0)
-        # Only the last is drawn; the earlier ones are there as they look.
-        is_drawn = np.arange(len(sample.sizes)) == len(sample.sizes) - 1
-        read = replace(layout, text_index=layout.text_index[-1:])
-        return Drawable(replace(sample, layout=read, is_drawn=is_drawn), request)
+        return Drawable(self.work.frames_to_draw(request.turns, [*sizes, request.size]), request)
 
     @property
     def nothing(self) -> Tensor:
@@ -215,14 +198,8 @@ class FramePainter(BasePainter):
         """Hidden states of the words ``[V, H]``, and visual latents ``[Q, D]``, on the first stage."""
         assert self.first is not None
         vlm, work = self.first.vlm, self.work
-        patches = [self.patches_of(each) for each in drawables]
-        samples = [
-            replace(
-                each.sample, layout=replace(each.sample.layout, tokens=replace(each.sample.layout.tokens, patches=p))
-            )
-            for each, p in zip(drawables, patches, strict=True)
-        ]
-        words, latents = condition_of(vlm, work.row(samples))
+        row = work.row([work.with_patches(each.sample, each.request.pictures) for each in drawables])
+        words, latents = condition_of(vlm, row)
         counts = [len(each.sample.layout.query_index) for each in drawables]
         last = [part[-work.vlm.num_queries :] for part in latents.split(counts)]
         given = [
@@ -231,28 +208,16 @@ class FramePainter(BasePainter):
         ]
         return words, torch.cat(given)
 
-    def patches_of(self, drawable: Drawable) -> np.ndarray:
-        """Of the images that the VLM reads, float32 ``[P, patch_dim]``."""
-        encoder, data, layout = self.work.chat.encoder, self.work.data, drawable.sample.layout
-        parts = [np.zeros((0, encoder.patch_dim), dtype=np.float32)]
-        for index, drawn, grid in zip(layout.read_index, layout.read_drawn, layout.tokens.grids, strict=True):
-            height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
-            rule = data.generation_size if drawn else data.understanding_size
-            picture = drawable.request.pictures[index]
-            pixels = images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
-            parts.append(images.patchify(pixels, encoder)[0])
-        return np.concatenate(parts)
-
     def clean_latents(self, drawables: Sequence[Drawable]) -> Tensor:
         """Patches of latents ``[U', F]`` of the pictures before, conversation by conversation (first stage)."""
         assert self.vae is not None
-        parts = [torch.zeros(0, self.generator.mmdit.patch_dim, dtype=self.dtype, device=self.device)]
-        for drawable in drawables:
-            for index in drawable.sample.image_index[:-1]:
-                picture = self.at_drawing_size(drawable.request.pictures[index])
-                pixels = torch.tensor(picture, device=self.device, dtype=self.dtype).permute(2, 0, 1)[None] / 127.5 - 1
-                parts.append(to_patches(encode(self.vae, pixels), self.generator.mmdit.patch_size)[0])
-        return torch.cat(parts)
+        mmdit = self.generator.mmdit
+        pictures = [
+            self.at_drawing_size(each.request.pictures[index])
+            for each in drawables
+            for index in each.sample.image_index[:-1]
+        ]
+        return picture_patches(self.vae, pictures, mmdit.patch_size, mmdit.patch_dim, self.dtype, self.device)
 
     def teacher_latents(self, pictures: Sequence[np.ndarray]) -> list[Tensor]:
         """What the visual latents ``[N, D]`` of pictures (uint8 (H, W, 3)) would be if the VLM knew them: features of
@@ -280,10 +245,9 @@ class FramePainter(BasePainter):
         side = encoder.patch_size
         patches, grids = [], []
         for picture in pictures:
-            width, height = images.target_size(picture.shape[1], picture.shape[0], rule, encoder.token_pixels)
-            cut = images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
+            cut = images.brought_to(picture, rule, encoder.token_pixels)
             patches.append(images.patchify(cut, encoder)[0])
-            grids.append((1, height // side, width // side))
+            grids.append((1, cut.shape[0] // side, cut.shape[1] // side))
         with decoding_mode(self.chunks):
             seen = VisionInput.build(np.concatenate(patches), np.array(grids), encoder, self.device, self.dtype)
             tower = self.first.base.vision_encoder
@@ -294,7 +258,7 @@ class FramePainter(BasePainter):
         return pooled_to_grid(features, sizes, self.work.vlm.grid)
 
 
-class Guided:
+class Guided(GuidedFrames):
     """The guided velocity of pictures of one size. Conversations stand in a row k times, once per condition:
 
     1   [ words and visual latents ]
@@ -306,92 +270,36 @@ class Guided:
 
     def __init__(self, painter: FramePainter, drawables: Sequence[Drawable], sampler: SamplerConfig) -> None:
         self.painter = painter
-        self.sampler = sampler
-        self.count = len(drawables)
-        self.tokens = drawables[0].tokens
-        scales = (sampler.guidance_scale, sampler.image_guidance_scale)
-        self.num_conditions = 1 if scales == (1.0, 1.0) else 2 if scales[1] == 1.0 else 3
+        self.row = painter.work.row([each.sample for each in drawables])
+        self.spoken = np.repeat(
+            [each.request.latents is None for each in drawables],
+            [len(each.sample.layout.text_index[-1]) for each in drawables],
+        )
         words = latents = clean = None
         if painter.first is not None:
             words, latents = painter.conditions(drawables)
             clean = painter.clean_latents(drawables)
         self.words, self.latents, self.clean = words, latents, clean
         """What the first stage has of the conversations: ``[V, H]``, ``[Q, D]``, ``[U', F]``."""
-        self._rows = {times: self._row(drawables, times, words, latents, clean) for times in {1, self.num_conditions}}
+        super().__init__(self._lay, num_conditions(sampler), sampler)
 
-    def _row(
-        self,
-        drawables: Sequence[Drawable],
-        times: int,
-        words: Tensor | None,
-        latents: Tensor | None,
-        clean: Tensor | None,
-    ) -> "_Row":
-        painter = self.painter
-        rows = [painter.work.row([each.sample for each in drawables])]
-        one = rows[0].frames
-        frames = Frames(
-            sizes=np.tile(one.sizes, (times, 1)),
-            num_condition=np.tile(one.num_condition, times),
-            sample=np.concatenate([one.sample + self.count * number for number in range(times)]),
-            number=np.tile(one.number, times),
-            is_clean=np.tile(one.is_clean, times),
-        )
+    def condition(self, times: int) -> Tensor:
+        """``[k (V + Q), C]``, on the first stage."""
+        first, device = self.painter.first, self.painter.device
+        assert first is not None
+        assert self.words is not None
+        assert self.latents is not None
+        spoken, order = (torch.from_numpy(each).to(device) for each in (self.spoken, self.row.condition_order))
+        return first.pathways.guided(self.words, spoken, self.latents, order, times)
+
+    def _lay(self, times: int) -> GuidedRow:
+        painter, frames = self.painter, self.row.frames.tiled(times)
         multiple = stream_multiple(painter.stage)
         num_text = round_up(int(frames.num_condition.sum()), multiple)
         num_image = round_up(int(frames.counts.sum()), multiple)
         place = painter.chunks[0].place(None)
         canvas = Canvas.build(frames, num_text, num_text + num_image, painter.generator, place)
-        is_clean = torch.from_numpy(np.repeat(frames.is_clean, frames.counts)).to(painter.device)
-        base = torch.zeros(len(is_clean), painter.generator.mmdit.patch_dim, device=painter.device)
-        condition = None
-        if painter.first is not None:
-            assert words is not None
-            assert latents is not None
-            assert clean is not None
-            base[is_clean] = clean.float().repeat(times, 1)
-            condition = self._condition(drawables, times, words, latents, rows[0].condition_order)
-        at = torch.from_numpy(~frames.is_clean).to(painter.device)
-        return _Row(canvas, condition, base, (~is_clean).nonzero()[:, 0], at)
-
-    def _condition(
-        self, drawables: Sequence[Drawable], times: int, words: Tensor, latents: Tensor, order: np.ndarray
-    ) -> Tensor:
-        """``[k (V + Q), C]``."""
-        first = self.painter.first
-        assert first is not None
-        spoken = np.repeat(
-            [each.request.latents is None for each in drawables],
-            [len(each.sample.layout.text_index[-1]) for each in drawables],
-        )
-        places = torch.from_numpy(order).to(words.device)
-        parts = []
-        for number in range(times):
-            text = torch.from_numpy(spoken & (number == 0)).to(words.device)
-            visual = torch.full((len(latents),), number < 2, device=words.device)
-            parts.append(first.pathways(words, text, latents, visual, places))
-        return torch.cat(parts)
-
-    def velocity(self, state_nuF: Tensor, t: float) -> Tensor:
-        """``[n, u, F]`` float32."""
-        times = self.num_conditions if guided_at(t, self.sampler.guidance_interval) else 1
-        row = self._rows[times]
-        noisy = state_nuF.flatten(0, 1).repeat(times, 1)
-        state = row.base.index_copy(0, row.noisy, noisy)
-        timestep = row.is_noisy.float() * t
-        velocity = self.painter.run(row.canvas, row.condition, state, timestep)
-        parts = velocity.index_select(0, row.noisy).float().reshape(times, *state_nuF.shape)
-        return combined(list(parts), self.sampler)
-
-
-@dataclass(frozen=True)
-class _Row:
-    canvas: Canvas
-    condition: Tensor | None
-    """``[k (V + Q), C]`` on the first stage."""
-    base: Tensor
-    """float32 ``[U, F]``: latents of the pictures before, zeros where there is noise."""
-    noisy: Tensor
-    """int64 ``[k n u]``: where that is."""
-    is_noisy: Tensor
-    """bool, of each frame."""
+        clean = None if self.clean is None else self.clean.repeat(times, 1)
+        state = FrameState.build(frames, clean, painter.generator.mmdit.patch_dim, painter.device)
+        condition = None if painter.first is None else self.condition(times)
+        return GuidedRow(state, partial(painter.run, canvas, condition))

@@ -13,6 +13,7 @@ def load_generator(
     *,
     tensor: int = 1,
     pipeline: int = 1,
+    context: int = 1,
     with_targets: bool = False,
     base: Path | None = None,
     decoder: Path | None = None,
@@ -21,13 +22,19 @@ def load_generator(
 
     Raises:
         CheckpointError, ConfigError: as there.
-        UserError: another decoder is given for a model that has one.
+        UserError: as there, or another decoder is given for a model that has one.
     """
     directory = find_language_model(model_dir)
     if "pathways" not in read_meta(directory):
         return Generator.load(
-            model_dir, tensor=tensor, pipeline=pipeline, with_targets=with_targets, base=base, decoder=decoder
+            model_dir,
+            tensor=tensor,
+            pipeline=pipeline,
+            context=context,
+            with_targets=with_targets,
+            base=base,
+            decoder=decoder,
         )
     if decoder is not None:
         raise UserError(str(directory), "draws by itself; leave --decoder out")
-    return QueryGenerator.open(directory, tensor, pipeline)
+    return QueryGenerator.open(directory, tensor, pipeline, context)

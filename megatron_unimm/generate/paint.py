@@ -6,6 +6,7 @@ Legend  n pictures, V visual tokens of one, U image tokens of one, F values of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +23,11 @@ from megatron_unimm.data import images
 from megatron_unimm.data.drawing import DrawingSample
 from megatron_unimm.data.packing import round_up
 from megatron_unimm.errors import CheckpointError
-from megatron_unimm.flow.guidance import combined, guided_at
-from megatron_unimm.flow.solvers import solve
+from megatron_unimm.flow.guided import FrameState, GuidedFrames, GuidedRow
+from megatron_unimm.flow.solvers import solve, starting_noise
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
-from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
+from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.orion.decoder.model import ConditionInput, OrionDecoderModel
 from megatron_unimm.models.mmdit.canvas import Canvas
@@ -214,7 +215,7 @@ class Painter(BasePainter):
             return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
 
 
-class _Guided:
+class _Guided(GuidedFrames):
     """The guided velocity of pictures of one size. Pictures stand in a row k times, once per condition:
 
     classifier-free     [ condition | nothing ]
@@ -225,47 +226,31 @@ class _Guided:
         self, painter: Painter, requests: Sequence[PaintRequest], picture: tuple[int, int], sampler: SamplerConfig
     ) -> None:
         self.painter = painter
-        self.sampler = sampler
+        self.picture = np.array(picture, dtype=np.int64)
+        self.visual, self.kept, self.is_source, self.counts = _conditions(requests, painter.takes_sources)
         with_sources = painter.takes_sources and any(request.sources for request in requests)
         scales = (sampler.guidance_scale, sampler.image_guidance_scale if with_sources else 1.0)
-        self.num_conditions = 1 if scales == (1.0, 1.0) else 3 if with_sources else 2
-        self.count = len(requests)
-        visual, kept, is_source, counts = _conditions(requests, painter.takes_sources)
-        per_picture = picture[0] * picture[1]
-        self._rows = {}
-        for times in {1, self.num_conditions}:
-            pictures = np.tile(np.array(picture, dtype=np.int64), (times * self.count, 1))
-            ranks = painter.groups.config.context
-            num_text = round_up(times * int(counts.sum()), ranks)
-            num_image = round_up(len(pictures) * per_picture, ranks)
-            canvas = Canvas.build(
-                Frames.single(pictures, np.tile(counts, times)),
-                num_text,
-                num_text + num_image,
-                painter.generator,
-                painter.chunks[0].place(None),
-            )
-            self._rows[times] = canvas, self._condition(visual, kept[:times], is_source, times)
+        super().__init__(self._lay, 1 if scales == (1.0, 1.0) else 3 if with_sources else 2, sampler)
 
-    def _condition(self, visual: Tensor, kept: Tensor, is_source: Tensor, times: int) -> Tensor | None:
+    def _lay(self, times: int) -> GuidedRow:
+        painter, counts = self.painter, np.tile(self.counts, times)
+        frames = Frames.single(np.tile(self.picture, (len(counts), 1)), counts)
+        ranks = painter.groups.config.context
+        num_text = round_up(int(counts.sum()), ranks)
+        num_image = round_up(int(frames.counts.sum()), ranks)
+        place = painter.chunks[0].place(None)
+        canvas = Canvas.build(frames, num_text, num_text + num_image, painter.generator, place)
+        state = FrameState.build(frames, None, painter.generator.mmdit.patch_dim, painter.device)
+        return GuidedRow(state, partial(painter.run, canvas, self._condition(times)))
+
+    def _condition(self, times: int) -> Tensor | None:
         """``[times V, C]`` on the first stage."""
-        first, device = self.painter.first, self.painter.device
+        first, device, dtype = self.painter.first, self.painter.device, self.painter.dtype
         if first is None:
             return None
-        repeated = visual.to(device, self.painter.dtype).repeat(times, 1)
-        inputs = ConditionInput(
-            None, None, kept.reshape(-1).to(device, self.painter.dtype), is_source.repeat(times).to(device)
-        )
-        return first.condition(repeated, inputs)
-
-    def velocity(self, state_nUF: Tensor, t: float) -> Tensor:
-        """``[n, U, F]`` float32."""
-        times = self.num_conditions if guided_at(t, self.sampler.guidance_interval) else 1
-        canvas, condition = self._rows[times]
-        timestep = torch.full((times * self.count,), t, dtype=torch.float32, device=state_nUF.device)
-        flat = self.painter.run(canvas, condition, state_nUF.repeat(times, 1, 1).flatten(0, 1), timestep)
-        parts = flat.float().reshape(times, *state_nUF.shape)
-        return combined(list(parts), self.sampler)
+        kept = self.kept[:times].reshape(-1).to(device, dtype)
+        inputs = ConditionInput(None, None, kept, self.is_source.repeat(times).to(device))
+        return first.condition(self.visual.to(device, dtype).repeat(times, 1), inputs)
 
 
 def _conditions(requests: Sequence[PaintRequest], with_sources: bool) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:

@@ -16,7 +16,7 @@ from megatron_unimm.generate.stages import StageLink
 from megatron_unimm.methods.drawing.model import DrawingModel
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.transformer_config import DTYPES
-from megatron_unimm.models.vae import decode, encode, from_patches
+from megatron_unimm.models.vae import decode, encode, from_patches, to_pictures, to_pixels
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -61,9 +61,8 @@ class BasePainter:
             height, width = picture.shape[:2]
             pixels = torch.zeros(1, 3, height, width, dtype=self.dtype, device=self.device)
             if self.vae is not None:
-                scaled = torch.tensor(picture, device=self.device, dtype=self.dtype) / 127.5 - 1
                 with torch.no_grad():
-                    pixels = decode(self.vae, encode(self.vae, scaled.permute(2, 0, 1)[None]))
+                    pixels = decode(self.vae, encode(self.vae, to_pixels(picture, self.dtype, self.device)))
             found += self.shared(pixels)
         return found
 
@@ -71,8 +70,7 @@ class BasePainter:
         """A picture as training reads those that are drawn."""
         rule = self.stage.data.drawing_size
         assert rule is not None
-        width, height = images.target_size(picture.shape[1], picture.shape[0], rule, self.generator.token_pixels)
-        return images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
+        return images.brought_to(picture, rule, self.generator.token_pixels)
 
     def run(self, canvas: Canvas, condition: Tensor | None, state_UF: Tensor, timestep: Tensor) -> Tensor:
         """The velocity of all pictures of a canvas, ``[U, F]``, through all stages, on every rank.
@@ -121,11 +119,4 @@ class BasePainter:
         """What the first stage drew, on every rank, as uint8 (H, W, 3)."""
         pixels_BCHW = pixels_BCHW.contiguous()
         self.link.broadcast(pixels_BCHW, stage=0)
-        scaled = ((pixels_BCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def starting_noise(seed: int, number: int, tokens: int, width: int) -> Tensor:
-    """float32 ``[tokens, F]`` of one picture, the same on every machine and rank."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, number]))
-    return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32))
+        return to_pictures(pixels_BCHW)

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.parallel import ParallelConfig
-from megatron_unimm.data import images
 from megatron_unimm.data.queries import query_tokens
 from megatron_unimm.data.sample import TokenizedSample, Turn
+from megatron_unimm.data.sizes import new_size
 from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, decode
@@ -31,9 +31,6 @@ from megatron_unimm.parallel.platform import select_platform
 from megatron_unimm.train import setup
 
 T = TypeVar("T")
-
-CANVAS = 1 << 14
-"""Pixels per side of a picture that nothing gives a shape: brought to the largest square that the model draws."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,8 @@ class QueryGenerator(Generator):
             answer=False,
         )
         shown = [pixels[part] for turn in turns for part in turn.parts if isinstance(part, int)]
-        width, height = self._size(shown[-1] if shown else None)
+        like = (shown[-1].shape[1], shown[-1].shape[0]) if shown else None
+        width, height = new_size(like, self.chat.data.generation_size, self.chat.encoder.token_pixels)
         side = self.chat.encoder.patch_size
         return QueryPrompt(
             tokens=layout.tokens,
@@ -132,12 +130,6 @@ class QueryGenerator(Generator):
             pixels=pixels,
             opens=open_image,
         )
-
-    def _size(self, like: np.ndarray | None) -> tuple[int, int]:
-        """Width and height of a new picture as the VLM would read it: of the shape of the last one (edits keep it),
-        else a square."""
-        height, width = (CANVAS, CANVAS) if like is None else like.shape[:2]
-        return images.target_size(width, height, self.chat.data.generation_size, self.chat.encoder.token_pixels)
 
     # -- answers
 
@@ -180,8 +172,10 @@ class QueryGenerator(Generator):
         return [(stream.ids, stream.opened, stream.complete) for stream in streams]
 
     def _with_patches(self, prompt: QueryPrompt) -> TokenizedSample:
-        drawable = self.frames.lay_out(self._request(prompt, []))
-        return replace(prompt.tokens, patches=self.frames.patches_of(drawable))
+        sample = self.frames.lay_out(self._request(prompt, [])).sample
+        return replace(
+            prompt.tokens, patches=self.frames.work.with_patches(sample, prompt.pixels).layout.tokens.patches
+        )
 
     def _request(self, prompt: QueryPrompt, said: Sequence[int]) -> FrameRequest:
         text = self.chat.tokenizer.decode(list(said), skip_special_tokens=True)

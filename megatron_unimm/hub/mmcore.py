@@ -13,7 +13,8 @@ Legend  u image tokens of the picture, U of all frames, F values of a patch of l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,20 +39,18 @@ from megatron_unimm.convert.source import HfModel
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample, FrameWork
-from megatron_unimm.data.queries import QueryTokens, query_tokens
 from megatron_unimm.data.sample import Turn
+from megatron_unimm.data.sizes import new_size
 from megatron_unimm.errors import CheckpointError, UserError
-from megatron_unimm.flow.guidance import combined, guided_at
-from megatron_unimm.flow.solvers import solve
+from megatron_unimm.flow.guidance import num_conditions
+from megatron_unimm.flow.guided import FrameState, GuidedFrames, GuidedRow
+from megatron_unimm.flow.solvers import solve, starting_noise
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.hub.denoiser import Denoiser, FrameRow
 from megatron_unimm.hub.language_model import Connector, LanguageModel
-from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.pathways import DualPathway
-from megatron_unimm.models.vae import decode, encode, from_patches, to_patches
+from megatron_unimm.models.vae import decode, from_patches, picture_patches, to_pictures
 
-CANVAS = 1 << 14
-"""Pixels per side of a picture that nothing gives a shape: brought to the largest square that the model draws."""
 NO_DROPOUT = DropoutSchedule(start=0.0, end=0.0)
 WEIGHTS = "model.safetensors"
 PartT = TypeVar("PartT", bound=nn.Module)
@@ -152,8 +151,7 @@ class MMCorePipeline:
         """
         latents, (rows, columns) = self.latents(prompt, pictures, seed=seed, number=number, **sampler)
         grid = from_patches(latents[None], rows, columns, self.work.generator.mmdit.patch_size)
-        pixels = decode(self.vae, grid)[0]
-        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        return to_pictures(decode(self.vae, grid))[0]
 
     @torch.no_grad()
     def latents(
@@ -163,47 +161,46 @@ class MMCorePipeline:
         settings = SamplerConfig.model_validate({**self.sampler.model_dump(), **sampler})
         asked = self._lay_out(prompt, pictures)
         rows, columns = (int(count) for count in asked.sample.sizes[-1])
-        noise = _noise(seed, number, rows * columns, self.work.generator.mmdit.patch_dim).to(self.device)
+        noise = starting_noise(seed, number, rows * columns, self.work.generator.mmdit.patch_dim).to(self.device)
         grid = timestep_grid(settings.steps, settings.shift, rows * columns, settings.spacing)
-        guided = Guided(self, asked, settings)
-        return solve(guided.velocity, noise, grid.tolist(), settings.solver), (rows, columns)
+        guided = self._guided(asked, settings)
+        return solve(guided.velocity, noise[None], grid.tolist(), settings.solver)[0], (rows, columns)
 
     # -- what is asked
 
     def _lay_out(self, prompt: str, pictures: Sequence[np.ndarray]) -> "Asked":
-        _check(prompt, pictures, self.work.max_frames)
-        work, data, encoder = self.work, self.work.data, self.work.chat.encoder
-        turns = [Turn("user", (*range(len(pictures)), prompt)), Turn("assistant", (len(pictures),))]
-        height, width = pictures[-1].shape[:2] if pictures else (CANVAS, CANVAS)  # edits keep the shape
-        new = images.target_size(width, height, data.generation_size, encoder.token_pixels)
-        sizes = [*((picture.shape[1], picture.shape[0]) for picture in pictures), new]
-        layout = query_tokens("drawing", "interleaved", turns, sizes, work.chat, work.vlm.num_queries, answer=False)
-        tokens = replace(layout.tokens, patches=self._patches(layout, pictures))
-        sample = work.frames_of(layout, turns, sizes, key=0)
-        is_drawn = np.arange(len(sample.sizes)) == len(sample.sizes) - 1
-        return Asked(replace(sample, layout=replace(layout, tokens=tokens), is_drawn=is_drawn), tuple(pictures))
-
-    def _patches(self, layout: QueryTokens, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Of the pictures as the VLM reads them, float32 ``[P, patch_dim]``."""
-        encoder, rule = self.work.chat.encoder, self.work.data.understanding_size
-        parts = [np.zeros((0, encoder.patch_dim), dtype=np.float32)]
-        for index, grid in zip(layout.read_index, layout.tokens.grids, strict=True):
-            height, width = int(grid[1]) * encoder.patch_size, int(grid[2]) * encoder.patch_size
-            pixels = images.resize(pictures[index], width, height, crop=rule.crop, filter=rule.filter)
-            parts.append(images.patchify(pixels, encoder)[0])
-        return np.concatenate(parts)
+        _check(prompt, pictures)
+        work = self.work
+        sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
+        new = new_size(sizes[-1] if sizes else None, work.data.generation_size, work.chat.encoder.token_pixels)
+        sample = work.frames_to_draw([Turn("user", (*range(len(pictures)), prompt))], [*sizes, new])
+        return Asked(work.with_patches(sample, pictures), tuple(pictures))
 
     def clean_latents(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Patches of latents of pictures, one behind the other, at the size that they are drawn in."""
-        rule, side = self.work.data.drawing_size, self.work.generator.token_pixels
+        rule, generator = self.work.data.drawing_size, self.work.generator
         assert rule is not None
-        parts = [torch.zeros(0, self.work.generator.mmdit.patch_dim, device=self.device)]
-        for picture in pictures:
-            width, height = images.target_size(picture.shape[1], picture.shape[0], rule, side)
-            cut = images.resize(picture, width, height, crop=rule.crop, filter=rule.filter)
-            pixels = torch.tensor(cut, device=self.device, dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
-            parts.append(to_patches(encode(self.vae, pixels), self.work.generator.mmdit.patch_size)[0])
-        return torch.cat(parts)
+        cut = [images.brought_to(picture, rule, generator.token_pixels) for picture in pictures]
+        mmdit = generator.mmdit
+        return picture_patches(self.vae, cut, mmdit.patch_size, mmdit.patch_dim, torch.float32, self.device)
+
+    def _guided(self, asked: "Asked", sampler: SamplerConfig) -> GuidedFrames:
+        """Its conversation stands in a row once per condition, with the pictures before in each."""
+        row, generator = self.work.row([asked.sample]), self.work.generator
+        hidden, latents = self.language_model(row.conversation, row.query_index)
+        words = hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device))
+        latents = latents[-self.work.vlm.num_queries :]  # those of the last picture
+        spoken = torch.ones(len(words), dtype=torch.bool, device=words.device)
+        order = torch.from_numpy(row.condition_order).to(words.device)
+        clean = self.clean_latents(asked.pictures)
+
+        def lay(times: int) -> GuidedRow:
+            frames = row.frames.tiled(times)
+            condition = self.pathways.guided(words, spoken, latents, order, times)
+            state = FrameState.build(frames, clean.repeat(times, 1), generator.mmdit.patch_dim, self.device)
+            return GuidedRow(state, partial(self.denoiser, FrameRow.build(frames, generator, self.device), condition))
+
+        return GuidedFrames(lay, num_conditions(sampler), sampler)
 
 
 @dataclass(frozen=True)
@@ -216,90 +213,8 @@ class Asked:
     """Those before it, uint8 (H, W, 3)."""
 
 
-class Guided:
-    """The guided velocity of a picture. Its conversation stands in a row k times, once per condition: words and visual
-    latents, visual latents, neither. The pictures before are there in each."""
-
-    def __init__(self, pipeline: MMCorePipeline, asked: Asked, sampler: SamplerConfig) -> None:
-        self.pipeline = pipeline
-        self.sampler = sampler
-        scales = (sampler.guidance_scale, sampler.image_guidance_scale)
-        self.num_conditions = 1 if scales == (1.0, 1.0) else 2 if scales[1] == 1.0 else 3
-        row = pipeline.work.row([asked.sample])
-        hidden, latents = pipeline.language_model(row.conversation, row.query_index)
-        words = hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device))
-        latents = latents[-pipeline.work.vlm.num_queries :]  # those of the last picture
-        clean = pipeline.clean_latents(asked.pictures)
-        conditions = [
-            _condition(pipeline.pathways, number, words, latents, row.condition_order)
-            for number in range(self.num_conditions)
-        ]
-        self._rows = {
-            times: _Row.build(pipeline, _repeated(row.frames, times), torch.cat(conditions[:times]), clean)
-            for times in {1, self.num_conditions}
-        }
-
-    def velocity(self, state_uF: Tensor, t: float) -> Tensor:
-        """``[u, F]``."""
-        sampler = self.sampler
-        times = self.num_conditions if guided_at(t, sampler.guidance_interval) else 1
-        row = self._rows[times]
-        patches = row.base.index_copy(0, row.noisy, state_uF.repeat(times, 1))
-        velocity = self.pipeline.denoiser(row.laid, row.condition, patches, row.is_noisy.float() * t)
-        parts = velocity.index_select(0, row.noisy).reshape(
-            times, 1, *state_uF.shape
-        )  # samples are an axis of guidance
-        return combined(list(parts), sampler)[0]
-
-
-@dataclass(frozen=True)
-class _Row:
-    laid: FrameRow
-    condition: Tensor
-    """``[k (V + Q), C]``."""
-    base: Tensor
-    """``[U, F]``: latents of the pictures before, zeros where there is noise."""
-    noisy: Tensor
-    """int64 ``[k u]``: where that is."""
-    is_noisy: Tensor
-    """bool, of each frame."""
-
-    @classmethod
-    def build(cls, pipeline: MMCorePipeline, frames: Frames, condition: Tensor, clean: Tensor) -> "_Row":
-        laid = FrameRow.build(frames, pipeline.work.generator, pipeline.device)
-        frame_is_clean = torch.from_numpy(frames.is_clean).to(pipeline.device)
-        is_clean = frame_is_clean[laid.image_frame]  # [U]
-        base = torch.zeros(len(is_clean), clean.shape[1], device=pipeline.device)
-        base[is_clean] = clean.repeat(int(frames.sample.max()) + 1, 1)
-        return cls(laid, condition, base, (~is_clean).nonzero()[:, 0], ~frame_is_clean)
-
-
-def _condition(pathways: DualPathway, number: int, words: Tensor, latents: Tensor, order: np.ndarray) -> Tensor:
-    """``[V + Q, C]`` of one of the k conditions."""
-    text = torch.full((len(words),), number == 0, device=words.device)
-    visual = torch.full((len(latents),), number < 2, device=words.device)
-    return pathways(words, text, latents, visual, torch.from_numpy(order).to(words.device))
-
-
-def _repeated(frames: Frames, times: int) -> Frames:
-    """The frames of one conversation as those of several alike."""
-    return Frames(
-        sizes=np.tile(frames.sizes, (times, 1)),
-        num_condition=np.tile(frames.num_condition, times),
-        sample=np.repeat(np.arange(times), len(frames)),
-        number=np.tile(frames.number, times),
-        is_clean=np.tile(frames.is_clean, times),
-    )
-
-
-def _noise(seed: int, number: int, tokens: int, width: int) -> Tensor:
-    """float32 ``[tokens, F]`` that a picture is drawn from, the same on every machine (``generate/painter.py``)."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, number]))
-    return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32))
-
-
-def _check(prompt: str, pictures: Sequence[np.ndarray], max_frames: int) -> None:
-    """Refuse what cannot be drawn.
+def _check(prompt: str, pictures: Sequence[np.ndarray]) -> None:
+    """Refuse what is no prompt, or no picture.
 
     Raises:
         UserError: names it, and what to give.
@@ -310,9 +225,6 @@ def _check(prompt: str, pictures: Sequence[np.ndarray], max_frames: int) -> None
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             what = f"is {picture.dtype} {list(picture.shape)}; give uint8 (height, width, 3)"
             raise UserError(f"pictures[{number}]", what)
-    if len(pictures) >= max_frames:
-        what = f"are {len(pictures)}, but the model tells {max_frames} apart, the new one included; give fewer"
-        raise UserError("pictures", what)
 
 
 # ---------------------------------------------------------------------------------------------- folders

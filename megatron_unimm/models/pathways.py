@@ -63,3 +63,18 @@ class DualPathway(nn.Module):
         places = self.place.repeat(len(latents_QD) // len(self.place), 1)  # [Q, C]
         visual = self.visual(latents_QD, visual_kept_Q) + places  # [Q, C]
         return torch.cat([text, visual]).index_select(0, order)
+
+    def guided(
+        self, words_VH: Tensor, spoken_V: Tensor, latents_QD: Tensor, order: Tensor, num_conditions: int
+    ) -> Tensor:
+        """The conditions that a guided velocity is made of, one behind the other: words and visual latents, visual
+        latents, neither; ``[num_conditions (V + Q), C]``.
+
+        Args:
+            spoken_V: bool; other words are left out of the first, too.
+        """
+        parts = []
+        for number in range(num_conditions):
+            visual = torch.full((len(latents_QD),), number < 2, device=latents_QD.device)
+            parts.append(self(words_VH, spoken_V & (number == 0), latents_QD, visual, order))
+        return torch.cat(parts)

@@ -4,6 +4,9 @@ Layouts: pictures ``(B, 3, H, W)`` in [-1, 1], latents ``(B, C, h, w)`` as the d
 of latents ``[h w / side², C side²]``, each (channel, row, column), row by row.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
@@ -44,6 +47,17 @@ def decode(vae: AutoencoderKL, latents_BChw: Tensor) -> Tensor:
     return vae.decode(latents_BChw / vae.config["scaling_factor"] + vae.config["shift_factor"]).sample
 
 
+def to_pixels(picture: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(1, 3, H, W)`` of a picture uint8 (H, W, 3)."""
+    return torch.tensor(picture, device=device, dtype=dtype).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def to_pictures(pixels_BCHW: Tensor) -> list[np.ndarray]:
+    """uint8 (H, W, 3) of each."""
+    scaled = ((pixels_BCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return list(scaled.permute(0, 2, 3, 1).cpu().numpy())
+
+
 def to_patches(grid_BChw: Tensor, side: int) -> Tensor:
     """Cut to patches of ``side`` x ``side``: ``[B, h w / side², C side²]``."""
     count, channels, height, width = grid_BChw.shape
@@ -56,6 +70,16 @@ def from_patches(patches_BUF: Tensor, rows: int, columns: int, side: int) -> Ten
     count, _, width = patches_BUF.shape
     laid = patches_BUF.reshape(count, rows, columns, width // side**2, side, side)
     return laid.permute(0, 3, 1, 4, 2, 5).reshape(count, -1, rows * side, columns * side)
+
+
+@torch.no_grad()
+def picture_patches(
+    vae: AutoencoderKL, pictures: Sequence[np.ndarray], side: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Patches of latents ``[U, width]`` of pictures (uint8 (H, W, 3)), one behind the other; none of none."""
+    parts = [torch.zeros(0, width, dtype=dtype, device=device)]
+    parts += [to_patches(encode(vae, to_pixels(picture, dtype, device)), side)[0] for picture in pictures]
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -21,14 +21,14 @@ from megatron_unimm.config.rl import FlowGrpoConfig
 from megatron_unimm.data.packing import plan_rows, round_up
 from megatron_unimm.data.prompts import PromptRow, PromptSample, PromptWork
 from megatron_unimm.errors import UserError
-from megatron_unimm.flow.guidance import guided_at
+from megatron_unimm.flow.guidance import guided_at, num_conditions
+from megatron_unimm.flow.guided import FrameState
 from megatron_unimm.flow.policy import group_advantages, without_spread
 from megatron_unimm.flow.stochastic import StochasticStep, Transition, roll_out, stochastic_steps, trained_steps
 from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.frame_painter import Drawable, FramePainter, FrameRequest, Guided
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.mmcore.policy.rows import PolicyRow
-from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.trainable import NOT_IN_TABLE
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
@@ -295,7 +295,7 @@ class Rollouts:
     def _rows(self, drawn: Sequence[Drawn]) -> list[PolicyRow]:
         """Every step of these drawings, in as few rows as they need; as many on every rank."""
         pairs = [(each, place) for each in drawn for place in range(len(each.transitions))]
-        times = self._num_conditions()
+        times = num_conditions(self.grpo.sampler)
         by_size: dict[int, list[tuple[Drawn, int]]] = {}
         for pair in pairs:
             by_size.setdefault(pair[0].drawable.tokens, []).append(pair)
@@ -318,29 +318,24 @@ class Rollouts:
         rows += [self._row([], times) for _ in range(round_up(int(wanted), multiple) - len(rows))]
         return rows
 
-    def _num_conditions(self) -> int:
-        sampler = self.grpo.sampler
-        if (sampler.guidance_scale, sampler.image_guidance_scale) == (1.0, 1.0):
-            return 1
-        return 2 if sampler.image_guidance_scale == 1.0 else 3
-
     def _row(self, pairs: Sequence[tuple[Drawn, int]], times: int) -> PolicyRow:
         painter, work = self.painter, self.painter.work
         device, width = painter.device, painter.generator.mmdit.patch_dim
         one = work.row([each.drawable.sample for each, _ in pairs])
-        frames = _tiled(one.frames, times, len(pairs))
+        frames = one.frames.tiled(times)
         steps = [each.transitions[place].step for each, place in pairs]
         by_frame = np.where(one.frames.is_clean, 0.0, np.array([step.t for step in steps])[one.frames.sample])
         before = _stacked([each.transitions[place].before for each, place in pairs], width, device)
-        state = _state(one.frames, [each.clean for each, _ in pairs], before, painter.first is not None)
         noisy = np.flatnonzero(np.repeat(~one.frames.is_clean, one.frames.counts))
         num_text = round_up(int(frames.num_condition.sum()), work.stream_multiple)
         num_words = len(one.text_kept)
-        words = latents = None
+        words = latents = clean = None
         if painter.first is not None:
             hidden, size = self.stage.model.backbone.hidden_size, work.vlm.latent_size(self.stage.model)
             words = _joined([each.words for each, _ in pairs], hidden, painter).repeat(times, 1)
             latents = _joined([each.latents for each, _ in pairs], size, painter).repeat(times, 1)
+            clean = _joined([each.clean for each, _ in pairs], width, painter)
+        state = FrameState.build(one.frames, clean, width, device).at(before.flatten(0, 1))
         references = [each.references[place] for each, place in pairs if each.references]
         copies = np.arange(times)
         return PolicyRow(
@@ -383,16 +378,6 @@ def _per_sample(
     return words, latents, clean
 
 
-def _tiled(frames: Frames, times: int, num_samples: int) -> Frames:
-    return Frames(
-        sizes=np.tile(frames.sizes, (times, 1)),
-        num_condition=np.tile(frames.num_condition, times),
-        sample=np.concatenate([frames.sample + num_samples * copy for copy in range(times)]),
-        number=np.tile(frames.number, times),
-        is_clean=np.tile(frames.is_clean, times),
-    )
-
-
 def _tiled_order(order: np.ndarray, num_words: int, num_latents: int, times: int) -> np.ndarray:
     """Of copies one behind the other, whose words all stand before their latents."""
     is_word = order < num_words
@@ -401,16 +386,6 @@ def _tiled_order(order: np.ndarray, num_words: int, num_latents: int, times: int
         for copy in range(times)
     ]
     return np.concatenate(copies)
-
-
-def _state(frames: Frames, clean: Sequence[Tensor | None], before_iuF: Tensor, has_clean: bool) -> Tensor:
-    """float32 ``[U, F]`` of the image stream; elsewhere than on the first stage zeros where it is clean."""
-    is_clean = torch.from_numpy(np.repeat(frames.is_clean, frames.counts)).to(before_iuF.device)
-    state = before_iuF.new_zeros(len(is_clean), before_iuF.shape[-1])
-    state[~is_clean] = before_iuF.flatten(0, 1)
-    if has_clean and clean:
-        state[is_clean] = torch.cat([each for each in clean if each is not None]).float()
-    return state
 
 
 def _stacked(parts: Sequence[Tensor], width: int, device: torch.device) -> Tensor:

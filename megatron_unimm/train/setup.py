@@ -81,8 +81,9 @@ def _check_adapters(chunks: list[StageModel], stage: StageConfig, groups: Parall
 
 def fill(chunks: list[StageModel], stage: StageConfig, method: Method, start: Start, groups: ParallelGroups) -> None:
     """Weights of the model (unless a resume brings them) and of its frozen companions."""
-    check_base(stage)
-    load_base(chunks, method.base_parts(), groups)
+    parts = method.base_parts()
+    check_base(stage, parts)
+    load_base(chunks, parts, groups)
     if not start.resume:
         check_architecture(start.directory, stage)
         load_weights(chunks, start.directory, groups, method.model_parts())

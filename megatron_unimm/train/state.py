@@ -20,6 +20,7 @@ from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.load import dump
+from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import CheckpointError
 from megatron_unimm.methods.interface import Method
@@ -154,8 +155,11 @@ def _draws(directory: Path) -> bool:
     return "mmdit" in read_meta(directory).get("architecture", {})
 
 
-def check_base(stage: StageConfig) -> None:
+def check_base(stage: StageConfig, parts: Mapping[str, Path]) -> None:
     """Compare the imported models that a stage's frozen companions come from with the recipe's.
+
+    Args:
+        parts: the method's ``base_parts``.
 
     Raises:
         CheckpointError: as :func:`check_architecture`.
@@ -164,15 +168,23 @@ def check_base(stage: StageConfig) -> None:
     if stage.method.trunk == "mmdit":
         assert stage.generator is not None
         _check(generator_directory(stage), "generator", stage.generator)
+    if "siglip" in parts:
+        assert stage.queries is not None
+        assert isinstance(stage.queries.teacher, SiglipTeacher)
+        encoder = stage.queries.teacher.encoder
+        # Only features of patches are looked at: a tower may have a head that the recipe does without.
+        unread = () if encoder.pooling_head else ("pooling_head",)
+        _check(parts["siglip"], "queries.teacher.encoder", encoder, unread)
 
 
-def _check(directory: Path, section: str, model: Section) -> dict[str, Any]:
+def _check(directory: Path, section: str, model: Section, unread: Sequence[str] = ()) -> dict[str, Any]:
+    """As :func:`check_architecture`, for a section of the recipe; fields in ``unread`` may differ."""
     meta = read_meta(directory)
     if "architecture" in meta:
         theirs = flatten(meta["architecture"])
         ours = flatten(model.model_dump(mode="json"))
         for field, value in ours.items():
-            if theirs.get(field) != value:
+            if field not in unread and theirs.get(field) != value:
                 raise CheckpointError(
                     str(directory),
                     f"is of another architecture: {section}.{field} is {theirs.get(field)} there, {value} in the "

@@ -45,7 +45,7 @@ def stage_of(task: dict[str, Any]) -> StageConfig:
     """The imported model's stage at the task's layout, with all losses but cross entropy off."""
     world = dist.get_world_size() if dist.is_initialized() else setup.world_size()
     meta = read_meta(Path(task["checkpoint"]))
-    stage = generation_stage(meta, tensor=1, pipeline=1, world_size=world, dtype=None, with_base=False)
+    stage = generation_stage(meta, ParallelConfig(), world_size=world, dtype=None, with_base=False)
     stage.system = system_of(task)
     stage.data.sequence_length = task.get("length", ALIGNMENT)
     return stage

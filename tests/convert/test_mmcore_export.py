@@ -30,9 +30,9 @@ from megatron_unimm.convert.adapters import find_adapters
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError, UserError
 from megatron_unimm.flow.guidance import two_condition
+from megatron_unimm.flow.solvers import starting_noise
 from megatron_unimm.generate.frame_painter import Guided
 from megatron_unimm.generate.load import load_generator
-from megatron_unimm.generate.painter import starting_noise
 from megatron_unimm.generate.query_generator import QueryGenerator
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.generate.staged import decoding_mode
@@ -182,7 +182,7 @@ def test_transformer_and_vae_load_in_diffusers(exported: Folders, overrides: tup
         guided = Guided(frames, [frames.lay_out(generator._request(asked, []))], frames.config.sampler)
         noise = starting_noise(SEED, 0, 16, 16)
         expected = guided.velocity(noise[None], 0.7)[0]
-        condition = guided._rows[3].condition.unflatten(0, (3, -1))  # [3, V + Q, C]
+        condition = guided.condition(3).unflatten(0, (3, -1))  # [3, V + Q, C]
         pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
         latents = frames.vae.encode(pixels).latent_dist.mode()
         decoded = frames.vae.decode(latents).sample

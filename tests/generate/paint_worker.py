@@ -2,9 +2,9 @@
 
 usage, under torchrun: paint_worker.py TASKS; TASKS is a JSON list of {"name": …, "folder": …, "kind": …, …}
 
-Kinds, each with its fields: ``load`` (tensor, pipeline) loads FOLDER/run as people do; ``live`` (overrides) sets the
-decoder up as its training does; ``beside`` (overrides) loads it into the layout of a language model in training. The
-first rank writes FOLDER/NAME.pt, the last FOLDER/NAME.last.pt.
+Kinds, each with its fields: ``load`` (tensor, pipeline, context) loads FOLDER/run as people do; ``live`` (overrides)
+sets the decoder up as its training does; ``beside`` (overrides) loads it into the layout of a language model in
+training. The first rank writes FOLDER/NAME.pt, the last FOLDER/NAME.last.pt.
 """
 
 import json
@@ -32,7 +32,8 @@ SAMPLER = SamplerConfig(steps=2, guidance_scale=2.0, image_guidance_scale=1.5)
 def painter(task: dict[str, Any]) -> Painter:
     folder = Path(task["folder"])
     if task["kind"] == "load":
-        loaded = Generator.load(folder / "run", tensor=task["tensor"], pipeline=task["pipeline"]).painter
+        layout = {axis: task[axis] for axis in ("tensor", "pipeline", "context") if axis in task}
+        loaded = Generator.load(folder / "run", **layout).painter
         assert loaded is not None
         return loaded
     checkpoint = find_checkpoint(folder / "run/decoder")

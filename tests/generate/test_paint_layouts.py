@@ -18,6 +18,7 @@ from tiny_decoder import FLUX, PLAIN, SQUARE, difference, make_all, make_decoder
 
 from megatron_unimm.checkpoint.manifest import find_checkpoint, read_meta
 from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.config.parallel import ParallelConfig
 from megatron_unimm.errors import CheckpointError, ConfigError, UserError
 from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.checkpoint import generation_stage
@@ -33,13 +34,15 @@ SP, VPP2 = "system.parallel.sequence=true", "system.parallel.virtual_pipeline=2"
 RANKS = 4
 """Of all layouts, so that one start serves them; those of fewer ranks have replicas."""
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tp2": ("sd3", {"kind": "load", "tensor": 2, "pipeline": 1}),
-    "pp2": ("sd3", {"kind": "load", "tensor": 1, "pipeline": 2}),
+    "tp2": ("sd3", {"kind": "load", "tensor": 2}),
+    "pp2": ("sd3", {"kind": "load", "pipeline": 2}),
+    "cp2": ("sd3", {"kind": "load", "context": 2}),
     "live_cp2": ("sd3", {"kind": "live", "overrides": [CP2]}),
     "live_tp2_sp": ("sd3", {"kind": "live", "overrides": [TP2, SP]}),
     "live_pp2_vpp2": ("sd3", {"kind": "live", "overrides": [PP2, VPP2]}),
     "beside_pp2_vpp2": ("sd3", {"kind": "beside", "overrides": [PP2, VPP2]}),
-    "flux_pp2": ("flux", {"kind": "load", "tensor": 1, "pipeline": 2}),
+    "flux_pp2": ("flux", {"kind": "load", "pipeline": 2}),
+    "flux_tp2_cp2": ("flux", {"kind": "load", "tensor": 2, "context": 2}),
     "flux_beside_cp2": ("flux", {"kind": "beside", "overrides": [CP2]}),
     "tp2_pp2": ("sd3", {"kind": "load", "tensor": 2, "pipeline": 2}),
     "flux_live_cp2_tp2": ("flux", {"kind": "live", "overrides": [*FLUX, CP2, TP2]}),
@@ -187,6 +190,8 @@ def test_a_run_without_a_decoder_has_no_pixels(runs: dict[str, Path]) -> None:
         assert not generator.paints
         with pytest.raises(UserError, match=r"run/sft/.* has no image decoder beside it; .* --decoder"):
             generator.vae_round_trip([picture(0)])
+    with pytest.raises(UserError, match="nothing is shared by 2 context-parallel ranks; leave --context out"):
+        Generator.load(runs["sd3"] / "run/sft", context=2)
 
 
 def test_a_decoder_in_another_run(runs: dict[str, Path]) -> None:
@@ -205,5 +210,5 @@ def test_a_stage_of_packed_batches_generates(runs: dict[str, Path]) -> None:
     config = yaml.safe_load(meta["config"])
     config["train"] |= {"global_batch_size": None, "global_batch_rows": 3, "epochs": None, "steps": 5}
     meta["config"] = yaml.safe_dump(config)
-    stage = generation_stage(meta, tensor=1, pipeline=1, world_size=2, dtype="float32", with_base=False)
+    stage = generation_stage(meta, ParallelConfig(), world_size=2, dtype="float32", with_base=False)
     assert (stage.train.global_batch_size, stage.train.global_batch_rows) == (2, None)

@@ -15,13 +15,14 @@ from small_mmcore import FROZEN_VLM, LORA, SIGLIP, make_rows, make_sample, make_
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
+from megatron_unimm.checkpoint.store import save
 from megatron_unimm.config.queries import QueryVlmConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.convert import import_checkpoint
 from megatron_unimm.convert.qwen2_5_vl import to_hf_config
 from megatron_unimm.data.queries import QueryRow, QuerySample
 from megatron_unimm.data.sample import IGNORED_LABEL
-from megatron_unimm.errors import ConfigError
+from megatron_unimm.errors import CheckpointError, ConfigError
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.mmcore.losses import visual_alignment_loss
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
@@ -31,7 +32,7 @@ from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train import setup
 from megatron_unimm.train.optimizer import build_optimizer, wrap_data_parallel
-from megatron_unimm.train.state import load_base, load_weights
+from megatron_unimm.train.state import check_base, load_base, load_weights
 from megatron_unimm.train.step import TrainStep
 
 World = tuple[Platform, ParallelGroups]
@@ -407,6 +408,28 @@ def test_siglip_teacher_is_transformers_tower_pooled(tmp_path: Path, repo: Path,
     assert found.shape == (2 * 6, 32)
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_a_teacher_of_another_architecture(tmp_path: Path, repo: Path, world: World) -> None:
+    """Heads have no say in any tensor's shape: only the checkpoint's own word tells them."""
+    plain = small_stage(repo, ROOM, SIGLIP)
+    for name, architecture in (("base", plain.model), ("siglip", vlm_of(plain).teacher.encoder)):
+        save({}, tmp_path / name, {"kind": "base_model", "architecture": architecture.model_dump(mode="json")})
+    folders = (f"base_checkpoint={tmp_path}/base", f"queries.teacher.checkpoint={tmp_path}/siglip")
+
+    def check(*overrides: str) -> None:
+        stage = small_stage(repo, ROOM, SIGLIP, *folders, *overrides)
+        check_base(stage, build_method(stage, *world).base_parts())
+
+    check()
+    check("queries.teacher.encoder.pooling_head=false")
+    with pytest.raises(CheckpointError, match=r"encoder.num_heads is 2 there, 4 in the recipe") as found:
+        check("queries.teacher.encoder.num_heads=4")
+    assert found.value.where == str(tmp_path / "siglip")
+    with pytest.raises(CheckpointError, match=r"queries.teacher.encoder.family is None there, siglip in the recipe"):
+        check(f"queries.teacher.checkpoint={tmp_path}/base")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        check(f"queries.teacher.checkpoint={tmp_path}/nowhere")
 
 
 def test_teacher_that_sees_less_than_a_patch(repo: Path, world: World) -> None:

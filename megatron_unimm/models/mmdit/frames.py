@@ -31,6 +31,17 @@ class Frames:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def tiled(self, times: int) -> "Frames":
+        """Copies one behind the other, whose samples have nothing to do with one another."""
+        num_samples = int(self.sample.max(initial=-1)) + 1
+        return Frames(
+            sizes=np.tile(self.sizes, (times, 1)),
+            num_condition=np.tile(self.num_condition, times),
+            sample=np.concatenate([self.sample + num_samples * copy for copy in range(times)]),
+            number=np.tile(self.number, times),
+            is_clean=np.tile(self.is_clean, times),
+        )
+
     @property
     def counts(self) -> np.ndarray:
         """int64 ``[n]``: image tokens."""
