@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_unimm.config.data import DataConfig, SampleKind
-from megatron_unimm.config.methods import DropoutSchedule
+from megatron_unimm.config.methods import DropoutSchedule, Pathways
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.queries import QueryVlmConfig
 from megatron_unimm.data import images
@@ -155,6 +155,7 @@ class FrameWork:
     """Samples to frames; see ``data/workers.py``.
 
     Args:
+        pathways, earlier_latents: see ``config/methods.py``.
         stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
         vlm_alignment, vlm_multiple: each sample of the VLM's row, and all of it, take up a multiple of so many tokens.
     """
@@ -167,6 +168,8 @@ class FrameWork:
     text_dropout: DropoutSchedule
     visual_dropout: DropoutSchedule
     max_frames: int
+    pathways: Pathways = "both"
+    earlier_latents: bool = False
     stream_multiple: int = 1
     vlm_alignment: int = 1
     vlm_multiple: int = 1
@@ -186,6 +189,10 @@ class FrameWork:
     def pixel_format(self) -> SiglipFormat:
         """Pixels of image tokens, in [-1, 1] as VAEs read them."""
         return SiglipFormat(self.generator.token_pixels)
+
+    def draws_from(self, pathway: Pathways) -> bool:
+        """Whether a pathway is there at all."""
+        return self.pathways in ("both", pathway)
 
     # -- what a sample holds
 
@@ -229,6 +236,8 @@ class FrameWork:
         cut = [images.target_size(*sizes[index], rule, side) for index, _ in shown]
         numbers = np.random.Generator(np.random.Philox(key=key))
         count = len(shown)
+        if not self.draws_from("text"):  # not even as many places as there are words
+            layout = replace(layout, text_index=tuple(index[:0] for index in layout.text_index))
         return FrameSample(
             id=layout.tokens.id,
             kind=layout.tokens.kind,
@@ -275,7 +284,7 @@ class FrameWork:
     def row(self, samples: Sequence[FrameSample], step: int = 0) -> FrameRow:
         """Conditions in front, pictures behind, each stream filled up with padding."""
         places = [(place, number, clean) for place, sample in enumerate(samples) for number, clean in sample.entries]
-        frames = _frames(samples, places)
+        frames = _frames(samples, places, self.earlier_latents)
         drawn = [(place, number) for place, number, clean in places if not clean]
         num_words = np.array([samples[place].num_words[number] for place, number in drawn], dtype=np.int64)
         layouts = [sample.layout for sample in samples]
@@ -301,7 +310,7 @@ class FrameWork:
         )
 
     def _kept(
-        self, samples: Sequence[FrameSample], drawn: Sequence[tuple[int, int]], pathway: str, step: int
+        self, samples: Sequence[FrameSample], drawn: Sequence[tuple[int, int]], pathway: Pathways, step: int
     ) -> np.ndarray:
         """Of each picture to be drawn, whether a pathway is there: bool [F]."""
         rates = {"text": self.text_dropout, "visual": self.visual_dropout}
@@ -310,7 +319,7 @@ class FrameWork:
             (samples[place].text_uniform if pathway == "text" else samples[place].visual_uniform)[number]
             for place, number in drawn
         ]
-        return np.array(numbers, dtype=np.float64) >= rate
+        return (np.array(numbers, dtype=np.float64) >= rate) & self.draws_from(pathway)
 
     def _noise(self, samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> np.ndarray:
         width = self.generator.mmdit.patch_dim
@@ -335,15 +344,17 @@ def up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
     return kept
 
 
-def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> Frames:
+def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]], earlier_latents: bool) -> Frames:
     count = len(places)
     conditions = [0 if clean else int(samples[place].num_condition[number]) for place, number, clean in places]
+    latents = [0 if clean else samples[place].num_queries for place, _, clean in places]
     return Frames(
         sizes=np.array([samples[place].sizes[number] for place, number, _ in places], dtype=np.int64).reshape(count, 2),
         num_condition=np.array(conditions, dtype=np.int64),
         sample=np.array([place for place, _, _ in places], dtype=np.int64),
         number=np.array([number for _, number, _ in places], dtype=np.int64),
         is_clean=np.array([clean for _, _, clean in places], dtype=bool),
+        num_shared=np.array(latents, dtype=np.int64) if earlier_latents else None,
     )
 
 

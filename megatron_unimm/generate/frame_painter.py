@@ -18,12 +18,12 @@ from megatron_unimm.checkpoint.folder import HF_FOLDER, LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.layout import check_layout, stream_multiple
-from megatron_unimm.config.methods import MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.queries import VisionEncoderTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
-from megatron_unimm.data.frames import FrameSample, FrameWork
+from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
 from megatron_unimm.data.queries import query_tokens
 from megatron_unimm.data.sample import Turn
@@ -34,9 +34,10 @@ from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
 from megatron_unimm.generate.staged import decoding_mode
+from megatron_unimm.methods.drawing.model import Condition
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.mmcore.batch import build_condition_batch
-from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, frame_work
+from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, feature_places, frame_work
 from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
@@ -44,6 +45,7 @@ from megatron_unimm.models.queries import pooled_to_grid
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.models.vae import encode, to_patches
 from megatron_unimm.models.vision import VisionInput, VisionTower
+from megatron_unimm.models.vit_features import FeaturePlaces
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train.state import load_average, load_base
@@ -79,6 +81,16 @@ class Drawable:
     def tokens(self) -> int:
         """u."""
         return int(self.sample.sizes[-1].prod())
+
+    @property
+    def num_words(self) -> int:
+        """V of this one."""
+        return sum(map(len, self.sample.layout.text_index))
+
+    @property
+    def num_latents(self) -> int:
+        """Q of this one."""
+        return int(self.sample.is_drawn.sum()) * self.sample.num_queries
 
 
 class FramePainter(BasePainter):
@@ -190,9 +202,11 @@ class FramePainter(BasePainter):
             answer=False,
         )
         sample = self.work.frames_of(layout, turns, [*sizes, request.size], key=0)
+        if self.work.earlier_latents:
+            return Drawable(sample, request)  # earlier drawings with their conditions, as they were drawn: see Guided
         # Only the last is drawn; the earlier ones are there as they look.
         is_drawn = np.arange(len(sample.sizes)) == len(sample.sizes) - 1
-        read = replace(layout, text_index=layout.text_index[-1:])
+        read = replace(sample.layout, text_index=sample.layout.text_index[-1:])
         return Drawable(replace(sample, layout=read, is_drawn=is_drawn), request)
 
     @property
@@ -212,8 +226,9 @@ class FramePainter(BasePainter):
             # The state stays in float32: many small steps would be lost in bfloat16.
             return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
 
-    def conditions(self, drawables: Sequence[Drawable]) -> tuple[Tensor, Tensor]:
-        """Hidden states of the words ``[V, H]``, and visual latents ``[Q, D]``, on the first stage."""
+    def conditions(self, drawables: Sequence[Drawable]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states of the words ``[V, H]``, visual latents ``[Q, D]``, and what is added to image tokens, on the
+        first stage."""
         assert self.first is not None
         vlm, work = self.first.vlm, self.work
         patches = [self.patches_of(each) for each in drawables]
@@ -224,18 +239,19 @@ class FramePainter(BasePainter):
             for each, p in zip(drawables, patches, strict=True)
         ]
         row = work.row(samples)
-        role = vlm.role()
-        hidden, latents = vlm.condition(
-            build_condition_batch(row.conversation, row.query_index, self.stage.model, role)
-        )
+        conversation = build_condition_batch(row.conversation, row.query_index, self.stage.model, vlm.role())
+        hidden, latents = vlm.condition(conversation)
         words = hidden.index_select(0, torch.from_numpy(row.word_index).to(self.device))
         counts = [len(each.sample.layout.query_index) for each in drawables]
-        last = [part[-work.vlm.num_queries :] for part in latents.split(counts)]
-        given = [
-            own if each.request.latents is None else each.request.latents.to(own)
-            for own, each in zip(last, drawables, strict=True)
+        chosen = [
+            part[-each.num_latents :] if each.request.latents is None else each.request.latents.to(part)
+            for part, each in zip(latents.split(counts), drawables, strict=True)
         ]
-        return words, torch.cat(given)
+        return words, torch.cat(chosen), self.first.image_condition(conversation, self._feature_places(row))
+
+    def _feature_places(self, row: FrameRow) -> FeaturePlaces | None:
+        adds = isinstance(self.config, MMCoreDiffusionConfig) and self.config.vit_features
+        return feature_places(row, self.stage, self.device) if adds else None
 
     def patches_of(self, drawable: Drawable) -> np.ndarray:
         """Of the images that the VLM reads, float32 ``[P, patch_dim]``."""
@@ -307,7 +323,9 @@ class Guided:
     2   [ words and visual latents | visual latents ]
     3   [ words and visual latents | visual latents | neither ]
 
-    The pictures before are there in each.
+    The pictures before are there in each. A model that sees the visual latents of earlier drawings
+    (``method.earlier_latents``) has these drawings in its row as in training, with their conditions and the noise all
+    gone: at t = 0, as they look.
     """
 
     def __init__(self, painter: FramePainter, drawables: Sequence[Drawable], sampler: SamplerConfig) -> None:
@@ -317,87 +335,87 @@ class Guided:
         self.tokens = drawables[0].tokens
         scales = (sampler.guidance_scale, sampler.image_guidance_scale)
         self.num_conditions = 1 if scales == (1.0, 1.0) else 2 if scales[1] == 1.0 else 3
-        words = latents = clean = None
+        words = latents = clean = image = None
         if painter.first is not None:
-            words, latents = painter.conditions(drawables)
+            words, latents, image = painter.conditions(drawables)
             clean = painter.clean_latents(drawables)
         self.words, self.latents, self.clean = words, latents, clean
         """What the first stage has of the conversations: ``[V, H]``, ``[Q, D]``, ``[U', F]``."""
-        self._rows = {times: self._row(drawables, times, words, latents, clean) for times in {1, self.num_conditions}}
+        self.image = image
+        """``[U, H]`` on the first stage of a model that adds something to image tokens."""
+        self._rows = {times: self._row(drawables, times) for times in {1, self.num_conditions}}
 
-    def _row(
-        self,
-        drawables: Sequence[Drawable],
-        times: int,
-        words: Tensor | None,
-        latents: Tensor | None,
-        clean: Tensor | None,
-    ) -> "_Row":
+    def _row(self, drawables: Sequence[Drawable], times: int) -> "_Row":
         painter = self.painter
-        rows = [painter.work.row([each.sample for each in drawables])]
-        one = rows[0].frames
+        row = painter.work.row([each.sample for each in drawables])
+        one = row.frames
         frames = Frames(
             sizes=np.tile(one.sizes, (times, 1)),
             num_condition=np.tile(one.num_condition, times),
             sample=np.concatenate([one.sample + self.count * number for number in range(times)]),
             number=np.tile(one.number, times),
             is_clean=np.tile(one.is_clean, times),
+            num_shared=None if one.num_shared is None else np.tile(one.num_shared, times),
         )
+        # Of each conversation the last frame is drawn; others are there as they look, clean and at t = 0.
+        last = np.array([len(each.sample.sizes) - 1 for each in drawables])
+        is_new = np.tile(~one.is_clean & (one.number == last[one.sample]), times)
         multiple = stream_multiple(painter.stage)
         num_text = round_up(int(frames.num_condition.sum()), multiple)
         num_image = round_up(int(frames.counts.sum()), multiple)
         place = painter.chunks[0].place(None)
         canvas = Canvas.build(frames, num_text, num_text + num_image, painter.generator, place)
-        is_clean = torch.from_numpy(np.repeat(frames.is_clean, frames.counts)).to(painter.device)
-        base = torch.zeros(len(is_clean), painter.generator.mmdit.patch_dim, device=painter.device)
+        drawn = np.flatnonzero(np.repeat(is_new, frames.counts))
+        base = torch.zeros(int(frames.counts.sum()), painter.generator.mmdit.patch_dim, device=painter.device)
         condition = None
         if painter.first is not None:
-            assert words is not None
-            assert latents is not None
-            assert clean is not None
-            base[is_clean] = clean.float().repeat(times, 1)
-            condition = self._condition(drawables, times, words, latents, rows[0].condition_order)
-        at = torch.from_numpy(~frames.is_clean).to(painter.device)
-        return _Row(canvas, condition, base, (~is_clean).nonzero()[:, 0], at)
+            base = self._known(drawables)[torch.from_numpy(row.token_of).to(painter.device)].repeat(times, 1)
+            condition = self._condition(drawables, times, row.condition_order)
+        is_new, drawn = (torch.from_numpy(values).to(painter.device) for values in (is_new, drawn))
+        return _Row(canvas, condition, base, drawn, is_new)
 
-    def _condition(
-        self, drawables: Sequence[Drawable], times: int, words: Tensor, latents: Tensor, order: np.ndarray
-    ) -> Tensor:
-        """``[k (V + Q), C]``."""
-        first = self.painter.first
+    def _known(self, drawables: Sequence[Drawable]) -> Tensor:
+        """Latents of all pictures of each conversation, float32 ``[U', F]``; zeros for the one that is drawn."""
+        assert self.clean is not None
+        before = self.clean.float().split([int(each.sample.sizes[:-1].prod(axis=1).sum()) for each in drawables])
+        parts = [(own, own.new_zeros(each.tokens, own.shape[1])) for own, each in zip(before, drawables, strict=True)]
+        return torch.cat([part for pair in parts for part in pair])
+
+    def _condition(self, drawables: Sequence[Drawable], times: int, order: np.ndarray) -> Condition:
+        """``times`` that of the conversations."""
+        first, words, latents, work = self.painter.first, self.words, self.latents, self.painter.work
         assert first is not None
-        spoken = np.repeat(
-            [each.request.latents is None for each in drawables],
-            [len(each.sample.layout.text_index[-1]) for each in drawables],
-        )
+        assert words is not None
+        assert latents is not None
+        spoken = np.repeat([each.request.latents is None for each in drawables], [each.num_words for each in drawables])
         places = torch.from_numpy(order).to(words.device)
         parts = []
         for number in range(times):
             text = torch.from_numpy(spoken & (number == 0)).to(words.device)
-            visual = torch.full((len(latents),), number < 2, device=words.device)
+            visual = torch.full((len(latents),), number < 2 and work.draws_from("visual"), device=words.device)
             parts.append(first.pathways(words, text, latents, visual, places))
-        return torch.cat(parts)
+        return Condition(torch.cat(parts), None if self.image is None else self.image.repeat(times, 1))
 
     def velocity(self, state_nuF: Tensor, t: float) -> Tensor:
         """``[n, u, F]`` float32."""
         times = self.num_conditions if guided_at(t, self.sampler.guidance_interval) else 1
         row = self._rows[times]
         noisy = state_nuF.flatten(0, 1).repeat(times, 1)
-        state = row.base.index_copy(0, row.noisy, noisy)
-        timestep = row.is_noisy.float() * t
+        state = row.base.index_copy(0, row.drawn, noisy)
+        timestep = row.is_new.float() * t
         velocity = self.painter.run(row.canvas, row.condition, state, timestep)
-        parts = velocity.index_select(0, row.noisy).float().reshape(times, *state_nuF.shape)
+        parts = velocity.index_select(0, row.drawn).float().reshape(times, *state_nuF.shape)
         return combined(list(parts), self.sampler)
 
 
 @dataclass(frozen=True)
 class _Row:
     canvas: Canvas
-    condition: Tensor | None
-    """``[k (V + Q), C]`` on the first stage."""
+    condition: Condition | None
+    """k times that of the conversations, on the first stage."""
     base: Tensor
-    """float32 ``[U, F]``: latents of the pictures before, zeros where there is noise."""
-    noisy: Tensor
-    """int64 ``[k n u]``: where that is."""
-    is_noisy: Tensor
-    """bool, of each frame."""
+    """float32 ``[U, F]``: latents of the pictures before, zeros for those that are drawn."""
+    drawn: Tensor
+    """int64 ``[k n u]``: where these are."""
+    is_new: Tensor
+    """bool, of each frame: the one that is drawn?"""

@@ -28,6 +28,7 @@ from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter, starting_noise
 from megatron_unimm.generate.staged import decoding_mode
+from megatron_unimm.methods.drawing.model import Condition
 from megatron_unimm.methods.orion.decoder.model import ConditionInput, OrionDecoderModel
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
@@ -247,8 +248,8 @@ class _Guided:
             )
             self._rows[times] = canvas, self._condition(visual, kept[:times], is_source, times)
 
-    def _condition(self, visual: Tensor, kept: Tensor, is_source: Tensor, times: int) -> Tensor | None:
-        """``[times V, C]`` on the first stage."""
+    def _condition(self, visual: Tensor, kept: Tensor, is_source: Tensor, times: int) -> Condition | None:
+        """Of ``times`` V tokens, on the first stage."""
         first, device = self.painter.first, self.painter.device
         if first is None:
             return None
@@ -256,7 +257,7 @@ class _Guided:
         inputs = ConditionInput(
             None, None, kept.reshape(-1).to(device, self.painter.dtype), is_source.repeat(times).to(device)
         )
-        return first.condition(repeated, inputs)
+        return Condition(first.condition(repeated, inputs))
 
     def velocity(self, state_nUF: Tensor, t: float) -> Tensor:
         """``[n, U, F]`` float32."""

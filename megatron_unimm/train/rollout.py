@@ -353,7 +353,7 @@ class Rollouts:
             latents=latents,
             condition_order=_tiled_order(one.condition_order, num_words, len(one.visual_kept), times),
             text_kept=np.repeat(copies == 0, num_words),
-            visual_kept=np.repeat(copies < 2, len(one.visual_kept)),
+            visual_kept=np.repeat((copies < 2) & work.draws_from("visual"), len(one.visual_kept)),
             places=noisy[None] + copies[:, None] * int(one.frames.counts.sum()),
             guided=np.array([guided_at(step.t, self.grpo.sampler.guidance_interval) for step in steps], dtype=bool),
             before=before,

@@ -182,7 +182,7 @@ def test_transformer_and_vae_load_in_diffusers(exported: Folders, overrides: tup
         guided = Guided(frames, [frames.lay_out(generator._request(asked, []))], frames.config.sampler)
         noise = starting_noise(SEED, 0, 16, 16)
         expected = guided.velocity(noise[None], 0.7)[0]
-        condition = guided._rows[3].condition.unflatten(0, (3, -1))  # [3, V + Q, C]
+        condition = guided._rows[3].condition.text.unflatten(0, (3, -1))  # [3, V + Q, C]
         pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
         latents = frames.vae.encode(pixels).latent_dist.mode()
         decoded = frames.vae.decode(latents).sample

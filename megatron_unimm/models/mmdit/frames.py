@@ -20,6 +20,8 @@ class Frames:
     """int64 ``[n]``: counts up inside a sample."""
     is_clean: np.ndarray
     """bool ``[n]``."""
+    num_shared: np.ndarray | None = None
+    """int64 ``[n]``: the last so many tokens of its condition are seen by later frames too; None for none."""
 
     @classmethod
     def single(cls, sizes: np.ndarray, num_condition: np.ndarray) -> "Frames":

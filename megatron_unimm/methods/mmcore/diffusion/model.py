@@ -15,17 +15,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_unimm.config.methods import MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.methods.drawing.model import DrawingBatch, DrawingModel
+from megatron_unimm.methods.drawing.model import Condition, DrawingBatch, DrawingModel
 from megatron_unimm.methods.mmcore.batch import MMCoreBatch
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.models.lora import add_lora
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.pathways import DualPathway
+from megatron_unimm.models.vit_features import FeaturePlaces, VitFeatures
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -51,6 +52,8 @@ class ConditionInput:
     """``[V, H]``, computed beforehand, as the next."""
     latents: Tensor | None = None
     """``[Q, D]``."""
+    features: FeaturePlaces | None = None
+    """Where the VLM's visual tokens go, for a model that adds them to clean tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class MMCoreDiffusionModel(DrawingModel):
         vlm: the VLM of the first stage of training; saved with the rest, so that a checkpoint answers by itself.
         pathways: words and visual latents to the condition.
         frame_embedding: tells frames apart where positions do not (SD3).
+        vit_features: what the VLM sees of earlier pictures, to their clean tokens (where the recipe asks for it).
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class MMCoreDiffusionModel(DrawingModel):
             if isinstance(mmdit, Sd3Config):
                 self.frame_embedding = torch.nn.Embedding(method.max_frames, mmdit.hidden_size)
                 torch.nn.init.zeros_(self.frame_embedding.weight)
+            if isinstance(method, MMCoreDiffusionConfig) and method.vit_features:
+                self.vit_features = VitFeatures(stage.model.vision_encoder.out_size, mmdit.hidden_size)
         self.freeze_base()
 
     def checkpoint_name(self, name: str) -> str:
@@ -108,15 +114,20 @@ class MMCoreDiffusionModel(DrawingModel):
 
     # -- first stage
 
-    def conditions(self, batch: DrawingBatch) -> Tensor:
+    def conditions(self, batch: DrawingBatch) -> Condition:
         assert isinstance(batch, DiffusionBatch)
         assert batch.condition is not None
-        words, latents = batch.condition.words, batch.condition.latents
+        words, latents, image = batch.condition.words, batch.condition.latents, None
         if words is None or latents is None:
             assert batch.condition.conversation is not None
             hidden, latents = self.vlm.condition(batch.condition.conversation)  # [T, H], [Q, D]
             words = hidden.index_select(0, batch.condition.word_index)
-        return self.condition(words, latents, batch.condition)
+            image = self.image_condition(batch.condition.conversation, batch.condition.features)
+        return Condition(self.condition(words, latents, batch.condition), image)
+
+    def image_condition(self, conversation: MMCoreBatch, places: FeaturePlaces | None) -> Tensor | None:
+        """``[U, H]``, to be added to image tokens; None for nothing."""
+        return None if places is None else self.vit_features(self.vlm.visual_tokens(conversation), places)
 
     def condition(self, words_VH: Tensor, latents_QD: Tensor, condition: ConditionInput) -> Tensor:
         """``[V + Q, C]`` in the order of the text stream."""
