@@ -338,6 +338,15 @@ def test_an_image_generator_alone_is_refused(exported: Folders, tmp_path: Path) 
         MMCorePipeline.from_pretrained(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("setting", ["pathways=visual", "earlier_latents=true", "vit_features=true"])
+def test_ablations_are_refused(tmp_path: Path, setting: str) -> None:
+    """What is exported would draw otherwise than the checkpoint."""
+    checkpoint = make_run(tmp_path, f"stages.diffusion.method.{setting}", PLAIN)
+    with pytest.raises(CheckpointError, match=f"was trained with method.{setting.split('=')[0]}"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_half_an_adapter_is_refused() -> None:
     meta = {"queries": {"lora": {"rank": 4, "alpha": 6.0}}}
     linear = "backbone.decoder.layers.0.mlp.linear_fc1"
