@@ -10,15 +10,10 @@ data, seed and number of pretrain steps. The paper's 5M and 20M warm-up pairs be
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from ablation import Training, last_loss, show, train_all
 from summarize_run import read_lines
 
 RECIPE = "configs/orion/shapes.yaml"
@@ -55,34 +50,33 @@ VARIANTS = (
 )
 
 
-def train(variant: Variant, arguments: argparse.Namespace) -> None:
-    """Both stages of a row; output goes to ``train.log`` of its folder."""
-    folder = arguments.run_dir / variant.name
-    folder.mkdir(parents=True, exist_ok=True)
-    common = [f"method.vision_head.kind={variant.head}", f"base_checkpoint={arguments.base}", "system.cpu_threads=1"]
-    warm_up_steps = round(variant.warm_up_share * arguments.warm_up_steps)
+def training_of(variant: Variant, arguments: argparse.Namespace) -> Training:
+    """Both stages of a row."""
+    warm_up_steps = warm_up_steps_of(variant, arguments)
+    overrides = [
+        f"method.vision_head.kind={variant.head}",
+        f"base_checkpoint={arguments.base}",
+        "system.cpu_threads=1",
+        f"stages.pretrain.method.loss_weights.kl={0.01 if variant.kl else 0.0}",
+        f"stages.pretrain.train.steps={arguments.steps}",
+        f"stages.pretrain.train.evaluation.suites=[{','.join(SUITES)}]",
+    ]
     if warm_up_steps:
-        run_stage(folder, "warm_up", [*common, f"train.steps={warm_up_steps}", "train.evaluation.suites=[]"])
-    weights = f"method.loss_weights.kl={0.01 if variant.kl else 0.0}"
-    pretrain = [*common, weights, f"train.steps={arguments.steps}", f"train.evaluation.suites=[{','.join(SUITES)}]"]
+        overrides += [f"stages.warm_up.train.steps={warm_up_steps}", "stages.warm_up.train.evaluation.suites=[]"]
+        return Training(variant.name, RECIPE, ("warm_up", "pretrain"), tuple(overrides))
     # Without a warm-up, pretrain starts from the base model with a fresh head.
-    run_stage(folder, "pretrain", pretrain if warm_up_steps else [*pretrain, "stages.pretrain.after=null"])
+    return Training(variant.name, RECIPE, ("pretrain",), (*overrides, "stages.pretrain.after=null"))
 
 
-def run_stage(folder: Path, stage: str, overrides: list[str]) -> None:
-    command = [sys.executable, "-m", "megatron_unimm.cli", "train", RECIPE, "--stage", stage, "--run-dir", str(folder)]
-    with (folder / "train.log").open("a") as log:
-        done = subprocess.run([*command, *overrides], stdout=log, stderr=log, env=os.environ, check=False)
-    if done.returncode:
-        raise SystemExit(
-            f"error: {folder / 'train.log'}: stage {stage} ended with exit code {done.returncode}; see its last lines"
-        )
+def warm_up_steps_of(variant: Variant, arguments: argparse.Namespace) -> int:
+    return round(variant.warm_up_share * arguments.warm_up_steps)
 
 
-def scores(folder: Path) -> dict[str, float]:
+def scores(training: Training, run_dir: Path) -> dict[str, float]:
     """Last accuracy of each suite, and the last MSE."""
-    found = {line["suite"]: line["scores"]["accuracy"] for line in read_lines(folder / "pretrain" / "evaluation.jsonl")}
-    return found | {"mse": read_lines(folder / "pretrain" / "metrics.jsonl")[-1]["losses"]["mse"]}
+    lines = read_lines(run_dir / training.name / "pretrain" / "evaluation.jsonl")
+    found = {line["suite"]: line["scores"]["accuracy"] for line in lines}
+    return found | {"mse": last_loss(training, "pretrain", "mse", run_dir)}
 
 
 def main() -> None:
@@ -93,29 +87,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="pretrain steps")
     parser.add_argument("--jobs", type=int, default=2, help="rows trained at a time, one core each")
     arguments = parser.parse_args()
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda variant: train(variant, arguments), VARIANTS))
-    results = {variant.name: scores(arguments.run_dir / variant.name) for variant in VARIANTS}
+    trainings = [training_of(variant, arguments) for variant in VARIANTS]
+    train_all(trainings, arguments.run_dir, arguments.jobs)
+    results = {training.name: scores(training, arguments.run_dir) for training in trainings}
     (arguments.run_dir / "ablation.json").write_text(json.dumps(results, indent=2) + "\n")
-    table = Table(
-        "",
-        "vision head",
-        "KL",
-        "warm-up",
-        "QA",
-        "retrieval",
-        "last MSE",
-        "paper: MMB",
-        "GenEval",
-        title="Table 4 in the Shapes world",
-    )
+    rows = []
     for variant in VARIANTS:
         found = results[variant.name]
         cells = (f"{found['shapes_qa']:.3f}", f"{found['shapes_retrieval']:.3f}", f"{found['mse']:.3f}")
         paper = (f"{variant.paper[0]:.1f}", f"{variant.paper[1]:.2f}")
-        warm_up = f"{round(variant.warm_up_share * arguments.warm_up_steps)} steps"
-        table.add_row(variant.config.rstrip("0"), variant.head, "yes" if variant.kl else "no", warm_up, *cells, *paper)
-    Console(width=120).print(table)
+        warm_up = f"{warm_up_steps_of(variant, arguments)} steps"
+        kl = "yes" if variant.kl else "no"
+        rows.append((variant.config.rstrip("0"), variant.head, kl, warm_up, *cells, *paper))
+    columns = ("", "vision head", "KL", "warm-up", "QA", "retrieval", "last MSE", "paper: MMB", "GenEval")
+    show("Table 4 in the Shapes world", columns, rows)
 
 
 if __name__ == "__main__":

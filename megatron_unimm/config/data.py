@@ -177,7 +177,7 @@ class DataConfig(Section):
     """The same for latents of the pictures to be drawn; the VAE is then not run."""
     condition_cache: str = ""
     """The same for what a frozen VLM says to a diffusion transformer (MMCORE); the VLM is then not run, nor are its
-    images decoded."""
+    images decoded. Not with ``method.vit_features``."""
     decoder: DecoderKind = "auto"
     """What decodes and resizes images. ``pillow`` gives transformers' pixels exactly; ``dali`` is faster, and differs
     by less than 1/255; ``auto`` takes DALI where it is installed."""

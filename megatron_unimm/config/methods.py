@@ -116,6 +116,9 @@ class DropoutSchedule(Section):
         return self.start + (self.end - self.start) * done
 
 
+Pathways = Literal["both", "visual", "text"]
+
+
 class MMCoreDrawing(Section):
     """What the stages of MMCORE share that train its diffusion transformer (section 3.2)."""
 
@@ -131,6 +134,11 @@ class MMCoreDrawing(Section):
     """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
     lora: LoraConfig | None = None
     """Low-rank adapters in the diffusion transformer, in place of training all of it."""
+    pathways: Pathways = "both"
+    """What pictures are drawn from, in training and after it: words and visual latents, or one of them alone.
+    ``visual`` is MetaQuery's setting: "relying solely on query tokens yields significantly weaker performance compared
+    to utilizing the full context" (section 3.1). The pathway that is left out stays as it began. For ablations: exports
+    know ``both``."""
 
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
         """Nothing beyond the diffusion transformer; the pathways are whole on every rank."""
@@ -148,6 +156,15 @@ class MMCoreDiffusionConfig(MMCoreDrawing):
     during the early training stages … subsequently annealed"; the paper gives no rates."""
     visual_dropout: DropoutSchedule = DropoutSchedule(start=0.1, end=0.1)
     """The same for visual latents, drawn independently."""
+    earlier_latents: bool = False
+    """Whether a picture sees the visual latents of those that were drawn before it. The paper excludes them: "attending
+    to historical visual tokens destabilizes the optimization landscape, leading to performance degradation" (section
+    3.2). For that ablation: neither exports nor the policy know it."""
+    vit_features: bool = False
+    """Whether the clean tokens of earlier pictures get, beside latents of the VAE, what the VLM's vision encoder sees
+    there, by a projection that is zero at the start. The paper tried it: "introducing these additional visual cues
+    resulted in a marked performance degradation" (section 4.3, Impact of Visual Latents on Conditional VAEs). For that
+    ablation: neither exports nor the policy know it."""
 
 
 class MMCorePolicyConfig(MMCoreDrawing):

@@ -74,16 +74,24 @@ def part_config(part: str, meta: Mapping[str, Any], where: str) -> dict[str, Any
     if part == "query_tokens":
         return {**config, "lora": None}  # an export has merged them
     if part == "pathways":
-        return {**config, **_drawing(meta)}
+        return {**config, **_drawing(meta, where)}
     return dict(config)
 
 
-def _drawing(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """How conversations become conditions and pictures, of a checkpoint of training."""
+def _drawing(meta: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """How conversations become conditions and pictures, of a checkpoint of training.
+
+    Raises:
+        CheckpointError: it is of an ablation.
+    """
     stage = yaml.safe_load(meta.get("config", "")) or {}
     if "method" not in stage:
         return {}
     method, data = stage["method"], stage["data"]
+    for name, usual in WITHOUT_ABLATION.items():
+        if (own := method.get(name, usual)) != usual:
+            what = f"was trained with method.{name}: {own}, an ablation that nothing outside can draw with"
+            raise CheckpointError(where, f"{what}; export a checkpoint that was trained without it")
     return {
         "sampler": method["sampler"],
         "max_frames": method["max_frames"],
@@ -92,6 +100,8 @@ def _drawing(meta: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+WITHOUT_ABLATION = {"pathways": "both", "earlier_latents": False, "vit_features": False}
+"""Settings of methods that draw (``config/methods.py``), as exports and their pipeline have them."""
 DRAWING_DATA = ("system_prompt", "generation_size", "understanding_size", "drawing_size", "max_image_pixels")
 """Of the section ``data``, what drawing goes by."""
 

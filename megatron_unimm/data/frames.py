@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_unimm.config.data import DataConfig, SampleKind
-from megatron_unimm.config.methods import DropoutSchedule
+from megatron_unimm.config.methods import DropoutSchedule, Pathways
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.queries import QueryVlmConfig
 from megatron_unimm.data import images
@@ -68,6 +68,8 @@ class FrameSample:
     noise_seed: int
     """Of frame i: noise_seed + i."""
     num_queries: int
+    has_words: bool = True
+    """False where pictures are drawn without: then words take up no places."""
     learned: bool = True
     """False where an image is broken."""
     pixels: np.ndarray | None = None
@@ -90,7 +92,8 @@ class FrameSample:
     def num_words(self) -> np.ndarray:
         """int64 [frames]: words of each frame's condition."""
         counts = np.zeros(len(self.sizes), dtype=np.int64)
-        counts[self.is_drawn] = [len(index) for index in self.layout.text_index]
+        if self.has_words:
+            counts[self.is_drawn] = [len(index) for index in self.layout.text_index]
         return counts
 
     @property
@@ -165,6 +168,7 @@ class FrameWork:
     """Samples to frames; see ``data/workers.py``.
 
     Args:
+        pathways, earlier_latents: see ``config/methods.py``.
         stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
         vlm_alignment, vlm_multiple: each sample of the VLM's row, and all of it, take up a multiple of so many tokens.
     """
@@ -177,6 +181,8 @@ class FrameWork:
     text_dropout: DropoutSchedule
     visual_dropout: DropoutSchedule
     max_frames: int
+    pathways: Pathways = "both"
+    earlier_latents: bool = False
     stream_multiple: int = 1
     vlm_alignment: int = 1
     vlm_multiple: int = 1
@@ -198,6 +204,10 @@ class FrameWork:
     def pixel_format(self) -> SiglipFormat:
         """Pixels of image tokens, in [-1, 1] as VAEs read them."""
         return SiglipFormat(self.generator.token_pixels)
+
+    def draws_from(self, pathway: Pathways) -> bool:
+        """Whether a pathway is there at all."""
+        return self.pathways in ("both", pathway)
 
     # -- what a sample holds
 
@@ -254,10 +264,12 @@ class FrameWork:
             visual_uniform=numbers.random(count),
             noise_seed=int(numbers.integers(1 << 62)),
             num_queries=self.vlm.num_queries,
+            has_words=self.draws_from("text"),
         )
 
     def frames_to_draw(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> FrameSample:
-        """A conversation's pictures as they look, and a new one behind them that is to be drawn.
+        """A conversation's pictures as they look, and a new one behind them that is to be drawn. A model that sees the
+        visual latents of earlier drawings has their frames as in training, conditions and all.
 
         Args:
             turns: without the new picture.
@@ -274,6 +286,8 @@ class FrameWork:
         if last >= self.max_frames:
             what = f"are {last}, but the model tells {self.max_frames} apart, the new one included; give fewer"
             raise UserError("pictures", what)
+        if self.earlier_latents:
+            return found
         read = replace(layout, text_index=layout.text_index[-1:])
         return replace(found, layout=read, is_drawn=np.arange(last + 1) == last)
 
@@ -334,7 +348,8 @@ class FrameWork:
             sample = each.layout
             found = store.get(self.condition_key(each), sample.layout, each)
             layout = replace(sample.layout, tokens=void(sample.layout.tokens))
-            done.append((replace(sample, layout=layout, words=found.words, visual=found.visual), found.broken))
+            words = found.words if sample.has_words else found.words[:0]
+            done.append((replace(sample, layout=layout, words=words, visual=found.visual), found.broken))
         return done
 
     # -- rows
@@ -342,7 +357,7 @@ class FrameWork:
     def row(self, samples: Sequence[FrameSample], step: int = 0) -> FrameRow:
         """Conditions in front, pictures behind, each stream filled up with padding."""
         places = [(place, number, clean) for place, sample in enumerate(samples) for number, clean in sample.entries]
-        frames = _frames(samples, places)
+        frames = _frames(samples, places, self.earlier_latents)
         drawn = [(place, number) for place, number, clean in places if not clean]
         num_words = np.array([samples[place].num_words[number] for place, number in drawn], dtype=np.int64)
         layouts = [sample.layout for sample in samples]
@@ -361,7 +376,7 @@ class FrameWork:
             latents=joined_store([sample.latents for sample in samples], self.latents),
             conversation=packed_tokens(layouts, self.chat, length, self.vlm_alignment),
             query_index=packed_index(layouts, self.vlm_alignment),
-            word_index=_word_index(layouts, self.vlm_alignment),
+            word_index=_word_index(samples, self.vlm_alignment),
             condition_order=_condition_order(num_words, self.vlm.num_queries),
             text_kept=np.repeat(self._kept(samples, drawn, "text", step), num_words),
             visual_kept=np.repeat(self._kept(samples, drawn, "visual", step), self.vlm.num_queries),
@@ -370,7 +385,7 @@ class FrameWork:
         )
 
     def _kept(
-        self, samples: Sequence[FrameSample], drawn: Sequence[tuple[int, int]], pathway: str, step: int
+        self, samples: Sequence[FrameSample], drawn: Sequence[tuple[int, int]], pathway: Pathways, step: int
     ) -> np.ndarray:
         """Of each picture to be drawn, whether a pathway is there: bool [F]."""
         rates = {"text": self.text_dropout, "visual": self.visual_dropout}
@@ -379,7 +394,7 @@ class FrameWork:
             (samples[place].text_uniform if pathway == "text" else samples[place].visual_uniform)[number]
             for place, number in drawn
         ]
-        return np.array(numbers, dtype=np.float64) >= rate
+        return (np.array(numbers, dtype=np.float64) >= rate) & self.draws_from(pathway)
 
     def _noise(self, samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> np.ndarray:
         width = self.generator.mmdit.patch_dim
@@ -404,15 +419,17 @@ def up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
     return kept
 
 
-def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> Frames:
+def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]], earlier_latents: bool) -> Frames:
     count = len(places)
     conditions = [0 if clean else int(samples[place].num_condition[number]) for place, number, clean in places]
+    latents = [0 if clean else samples[place].num_queries for place, _, clean in places]
     return Frames(
         sizes=np.array([samples[place].sizes[number] for place, number, _ in places], dtype=np.int64).reshape(count, 2),
         num_condition=np.array(conditions, dtype=np.int64),
         sample=np.array([place for place, _, _ in places], dtype=np.int64),
         number=np.array([number for _, number, _ in places], dtype=np.int64),
         is_clean=np.array([clean for _, _, clean in places], dtype=bool),
+        num_shared=np.array(latents, dtype=np.int64) if earlier_latents else None,
     )
 
 
@@ -427,9 +444,14 @@ def _token_of(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, b
     return np.concatenate(parts)
 
 
-def _word_index(layouts: Sequence[QueryTokens], alignment: int) -> np.ndarray:
-    starts = np.cumsum([0, *(round_up(len(layout), alignment) for layout in layouts)])
-    shifted = [index + start for layout, start in zip(layouts, starts, strict=False) for index in layout.text_index]
+def _word_index(samples: Sequence[FrameSample], alignment: int) -> np.ndarray:
+    starts = np.cumsum([0, *(round_up(len(sample.layout), alignment) for sample in samples)])
+    shifted = [
+        index + start
+        for sample, start in zip(samples, starts, strict=False)
+        if sample.has_words
+        for index in sample.layout.text_index
+    ]
     return np.concatenate([np.zeros(0, dtype=np.int64), *shifted])
 
 

@@ -18,13 +18,14 @@ from megatron_unimm.models.mmdit.frames import Frames
 
 @dataclass(frozen=True)
 class FrameState:
-    """Latents of a row's frames, of which those that are drawn change from step to step."""
+    """Latents of a row's frames: the last frame of each sample is drawn and changes from step to step, the others look
+    as they are, whether they are there clean or at t = 0."""
 
     base: Tensor
-    """float32 ``[U, F]``: of the pictures before; zeros where there is noise."""
-    noisy: Tensor
-    """int64 ``[k n u]``: where that is."""
-    is_noisy: Tensor
+    """float32 ``[U, F]``: of the pictures before; zeros for those that are drawn."""
+    drawn: Tensor
+    """int64 ``[k n u]``: where these are."""
+    is_drawn: Tensor
     """bool, of each frame."""
 
     @classmethod
@@ -32,18 +33,20 @@ class FrameState:
         """From frames on the host.
 
         Args:
-            clean: ``[U', F]`` of the clean frames, one behind the other; None puts zeros in their place.
+            clean: ``[U', F]`` of the clean frames, one behind the other; None puts zeros in place of all before.
             width: F.
         """
-        is_clean = torch.from_numpy(np.repeat(frames.is_clean, frames.counts)).to(device)
-        base = torch.zeros(len(is_clean), width, device=device)
+        is_last = frames.is_last
+        is_drawn = torch.from_numpy(np.repeat(is_last, frames.counts)).to(device)
+        base = torch.zeros(len(is_drawn), width, device=device)
         if clean is not None:
-            base[is_clean] = clean.float()
-        return cls(base, (~is_clean).nonzero()[:, 0], torch.from_numpy(~frames.is_clean).to(device))
+            places = torch.from_numpy(frames.clean_places(np.flatnonzero(~is_last))).to(device)
+            base[~is_drawn] = clean.float().index_select(0, places)
+        return cls(base, is_drawn.nonzero()[:, 0], torch.from_numpy(is_last).to(device))
 
-    def at(self, noisy: Tensor) -> Tensor:
+    def at(self, drawn: Tensor) -> Tensor:
         """``[U, F]`` with the state ``[k n u, F]`` of what is drawn."""
-        return self.base.index_copy(0, self.noisy, noisy)
+        return self.base.index_copy(0, self.drawn, drawn)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,6 @@ class GuidedFrames:
         times = self.num_conditions if guided_at(t, self.sampler.guidance_interval) else 1
         row = self.rows[times]
         state = row.state.at(state_nuF.flatten(0, 1).repeat(times, 1))
-        velocity = row.run(state, row.state.is_noisy.float() * t)
-        parts = velocity.index_select(0, row.state.noisy).float().reshape(times, *state_nuF.shape)
+        velocity = row.run(state, row.state.is_drawn.float() * t)
+        parts = velocity.index_select(0, row.state.drawn).float().reshape(times, *state_nuF.shape)
         return combined(list(parts), self.sampler)

@@ -19,12 +19,12 @@ from megatron_unimm.checkpoint.folder import HF_FOLDER, LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.layout import check_layout, stream_multiple
-from megatron_unimm.config.methods import MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.queries import VisionEncoderTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
-from megatron_unimm.data.frames import FrameSample, FrameWork
+from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
 from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import CheckpointError
@@ -35,9 +35,10 @@ from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter
 from megatron_unimm.generate.staged import decoding_mode
+from megatron_unimm.methods.drawing.model import Condition
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, frame_work
-from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel, condition_of
+from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, feature_places, frame_work
+from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel, condition_of, conversation_of
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.queries import pooled_to_grid
 from megatron_unimm.models.transformer_config import DTYPES
@@ -75,6 +76,16 @@ class Drawable:
     def tokens(self) -> int:
         """u."""
         return int(self.sample.sizes[-1].prod())
+
+    @property
+    def num_words(self) -> int:
+        """V of this one."""
+        return int(self.sample.num_words.sum())
+
+    @property
+    def num_latents(self) -> int:
+        """Q of this one."""
+        return int(self.sample.is_drawn.sum()) * self.sample.num_queries
 
 
 class FramePainter(BasePainter):
@@ -194,19 +205,26 @@ class FramePainter(BasePainter):
             # The state stays in float32: many small steps would be lost in bfloat16.
             return solve(guided.velocity, noise.to(self.device), grid.tolist(), sampler.solver)
 
-    def conditions(self, drawables: Sequence[Drawable]) -> tuple[Tensor, Tensor]:
-        """Hidden states of the words ``[V, H]``, and visual latents ``[Q, D]``, on the first stage."""
+    def conditions(self, drawables: Sequence[Drawable]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states of the words ``[V, H]``, visual latents ``[Q, D]``, and what is added to image tokens, on the
+        first stage."""
         assert self.first is not None
         vlm, work = self.first.vlm, self.work
         row = work.row([work.with_patches(each.sample, each.request.pictures) for each in drawables])
         words, latents = condition_of(vlm, row)
         counts = [len(each.sample.layout.query_index) for each in drawables]
-        last = [part[-work.vlm.num_queries :] for part in latents.split(counts)]
-        given = [
-            own if each.request.latents is None else each.request.latents.to(own)
-            for own, each in zip(last, drawables, strict=True)
+        chosen = [
+            part[-each.num_latents :] if each.request.latents is None else each.request.latents.to(part)
+            for part, each in zip(latents.split(counts), drawables, strict=True)
         ]
-        return words, torch.cat(given)
+        return words, torch.cat(chosen), self._image_condition(row)
+
+    def _image_condition(self, row: FrameRow) -> Tensor | None:
+        assert self.first is not None
+        if not (isinstance(self.config, MMCoreDiffusionConfig) and self.config.vit_features):
+            return None
+        places = feature_places(row, self.stage, self.device)
+        return self.first.image_condition(conversation_of(self.first.vlm, row), places)
 
     def clean_latents(self, drawables: Sequence[Drawable]) -> Tensor:
         """Patches of latents ``[U', F]`` of the pictures before, conversation by conversation (first stage)."""
@@ -265,32 +283,37 @@ class Guided(GuidedFrames):
     2   [ words and visual latents | visual latents ]
     3   [ words and visual latents | visual latents | neither ]
 
-    The pictures before are there in each.
+    The pictures before are there in each. A model that sees the visual latents of earlier drawings
+    (``method.earlier_latents``) has these drawings in its row as in training, with their conditions and the noise all
+    gone: at t = 0, as they look.
     """
 
     def __init__(self, painter: FramePainter, drawables: Sequence[Drawable], sampler: SamplerConfig) -> None:
         self.painter = painter
         self.row = painter.work.row([each.sample for each in drawables])
         self.spoken = np.repeat(
-            [each.request.latents is None for each in drawables],
-            [len(each.sample.layout.text_index[-1]) for each in drawables],
+            [each.request.latents is None for each in drawables], [each.num_words for each in drawables]
         )
-        words = latents = clean = None
+        words = latents = clean = image = None
         if painter.first is not None:
-            words, latents = painter.conditions(drawables)
+            words, latents, image = painter.conditions(drawables)
             clean = painter.clean_latents(drawables)
         self.words, self.latents, self.clean = words, latents, clean
         """What the first stage has of the conversations: ``[V, H]``, ``[Q, D]``, ``[U', F]``."""
+        self.image = image
+        """``[U, H]`` on the first stage of a model that adds something to image tokens."""
         super().__init__(self._lay, num_conditions(sampler), sampler)
 
-    def condition(self, times: int) -> Tensor:
-        """``[k (V + Q), C]``, on the first stage."""
+    def condition(self, times: int) -> Condition:
+        """``times`` that of the conversations, on the first stage."""
         first, device = self.painter.first, self.painter.device
         assert first is not None
         assert self.words is not None
         assert self.latents is not None
         spoken, order = (torch.from_numpy(each).to(device) for each in (self.spoken, self.row.condition_order))
-        return first.pathways.guided(self.words, spoken, self.latents, order, times)
+        shown = torch.full((len(self.latents),), self.painter.work.draws_from("visual"), device=device)
+        text = first.pathways.guided(self.words, spoken, self.latents, shown, order, times)
+        return Condition(text, None if self.image is None else self.image.repeat(times, 1))
 
     def _lay(self, times: int) -> GuidedRow:
         painter, frames = self.painter, self.row.frames.tiled(times)

@@ -29,6 +29,7 @@ from megatron_unimm.flow.timesteps import timestep_grid
 from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.painter import PICTURES_AT_A_TIME, BasePainter
 from megatron_unimm.generate.staged import decoding_mode
+from megatron_unimm.methods.drawing.model import Condition
 from megatron_unimm.methods.orion.decoder.model import ConditionInput, OrionDecoderModel
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
@@ -243,14 +244,14 @@ class _Guided(GuidedFrames):
         state = FrameState.build(frames, None, painter.generator.mmdit.patch_dim, painter.device)
         return GuidedRow(state, partial(painter.run, canvas, self._condition(times)))
 
-    def _condition(self, times: int) -> Tensor | None:
-        """``[times V, C]`` on the first stage."""
+    def _condition(self, times: int) -> Condition | None:
+        """Of ``times`` V tokens, on the first stage."""
         first, device, dtype = self.painter.first, self.painter.device, self.painter.dtype
         if first is None:
             return None
         kept = self.kept[:times].reshape(-1).to(device, dtype)
         inputs = ConditionInput(None, None, kept, self.is_source.repeat(times).to(device))
-        return first.condition(self.visual.to(device, dtype).repeat(times, 1), inputs)
+        return Condition(first.condition(self.visual.to(device, dtype).repeat(times, 1), inputs))
 
 
 def _conditions(requests: Sequence[PaintRequest], with_sources: bool) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.generate.stages import StageLink
-from megatron_unimm.methods.drawing.model import DrawingModel
+from megatron_unimm.methods.drawing.model import Condition, DrawingModel
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.models.vae import decode, encode, from_patches, to_pictures, to_pixels
@@ -72,11 +72,11 @@ class BasePainter:
         assert rule is not None
         return images.brought_to(picture, rule, self.generator.token_pixels)
 
-    def run(self, canvas: Canvas, condition: Tensor | None, state_UF: Tensor, timestep: Tensor) -> Tensor:
+    def run(self, canvas: Canvas, condition: Condition | None, state_UF: Tensor, timestep: Tensor) -> Tensor:
         """The velocity of all pictures of a canvas, ``[U, F]``, through all stages, on every rank.
 
         Args:
-            condition: ``[V, C]`` on the first stage.
+            condition: on the first stage.
         """
         output = torch.empty_like(state_UF, dtype=self.dtype)
         num_rows = len(canvas.text_index) + len(canvas.image_index) + canvas.row.num_vectors

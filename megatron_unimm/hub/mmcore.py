@@ -190,13 +190,13 @@ class MMCorePipeline:
         hidden, latents = self.language_model(row.conversation, row.query_index)
         words = hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device))
         latents = latents[-self.work.vlm.num_queries :]  # those of the last picture
-        spoken = torch.ones(len(words), dtype=torch.bool, device=words.device)
+        spoken, shown = (torch.ones(len(each), dtype=torch.bool, device=words.device) for each in (words, latents))
         order = torch.from_numpy(row.condition_order).to(words.device)
         clean = self.clean_latents(asked.pictures)
 
         def lay(times: int) -> GuidedRow:
             frames = row.frames.tiled(times)
-            condition = self.pathways.guided(words, spoken, latents, order, times)
+            condition = self.pathways.guided(words, spoken, latents, shown, order, times)
             state = FrameState.build(frames, clean.repeat(times, 1), generator.mmdit.patch_dim, self.device)
             return GuidedRow(state, partial(self.denoiser, FrameRow.build(frames, generator, self.device), condition))
 

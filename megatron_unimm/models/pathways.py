@@ -36,8 +36,8 @@ class DualPathway(nn.Module):
     """The condition of a frame: all its words, and its N visual latents.
 
     Visual latents are told apart by a vector of their place in the grid, sines and cosines of rows and columns at first
-    (as SD3 has for patches) and learned from there: from zeros it took long until a patch found its latent. The pooled condition, which text encoders gave the
-    pretrained model, is a weight: one vector for all frames.
+    (as SD3 has for patches) and learned from there: from zeros it took long until a patch found its latent. The pooled
+    condition, which text encoders gave the pretrained model, is a weight: one vector for all frames.
     """
 
     def __init__(
@@ -65,16 +65,22 @@ class DualPathway(nn.Module):
         return torch.cat([text, visual]).index_select(0, order)
 
     def guided(
-        self, words_VH: Tensor, spoken_V: Tensor, latents_QD: Tensor, order: Tensor, num_conditions: int
+        self,
+        words_VH: Tensor,
+        spoken_V: Tensor,
+        latents_QD: Tensor,
+        shown_Q: Tensor,
+        order: Tensor,
+        num_conditions: int,
     ) -> Tensor:
         """The conditions that a guided velocity is made of, one behind the other: words and visual latents, visual
         latents, neither; ``[num_conditions (V + Q), C]``.
 
         Args:
-            spoken_V: bool; other words are left out of the first, too.
+            spoken_V, shown_Q: bool; other words and visual latents are left out of all.
         """
-        parts = []
-        for number in range(num_conditions):
-            visual = torch.full((len(latents_QD),), number < 2, device=latents_QD.device)
-            parts.append(self(words_VH, spoken_V & (number == 0), latents_QD, visual, order))
+        parts = [
+            self(words_VH, spoken_V & (number == 0), latents_QD, shown_Q & (number < 2), order)
+            for number in range(num_conditions)
+        ]
         return torch.cat(parts)

@@ -89,7 +89,7 @@ def open_caches(
         start: the checkpoint that it starts from, or goes on from.
 
     Raises:
-        ConfigError: what makes them trains, or the stage has no use for them.
+        ConfigError: what makes them trains or is needed, or the stage has no use for them.
         DataError: a folder is no finished cache.
         CheckpointError: another model made it.
     """
@@ -129,14 +129,17 @@ def _check_conditions(stage: StageConfig) -> None:
     if not isinstance(stage.method, MMCoreDiffusionConfig):
         what = f"set, but method {stage.method.name} of stage {stage.name} learns from no such conditions"
         raise ConfigError(field, f"{what}; leave it empty")
-    if not vlm_is_frozen(stage):
-        what = f"set, but the VLM trains in stage {stage.name}; what it says changes, leave it empty"
-        raise ConfigError(field, what)
+    if need := need_of_vlm(stage):
+        raise ConfigError(field, f"set, but {need}; leave it empty")
 
 
-def vlm_is_frozen(stage: StageConfig) -> bool:
-    """Of a stage that trains a diffusion transformer behind a VLM."""
-    return is_frozen(VLM.removesuffix("."), stage.train.trainable)
+def need_of_vlm(stage: StageConfig) -> str:
+    """Why a stage that trains a diffusion transformer behind a VLM must run it; empty where what it says will do."""
+    if not is_frozen(VLM.removesuffix("."), stage.train.trainable):
+        return f"the VLM trains in stage {stage.name}, and what it says changes"
+    if isinstance(stage.method, MMCoreDiffusionConfig) and stage.method.vit_features:
+        return f"method.vit_features of stage {stage.name} takes what its vision encoder sees, which no cache has"
+    return ""
 
 
 def _check(store: FeatureStore, expected: FeatureMeta) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -40,7 +40,7 @@ from megatron_unimm.models.vision import VisionInput, build_vision_encoder
 from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.parallel.platform import Platform
 from megatron_unimm.train import setup
-from megatron_unimm.train.caches import TOWER, VAE, condition_metas, feature_meta, latent_meta, vlm_is_frozen
+from megatron_unimm.train.caches import TOWER, VAE, condition_metas, feature_meta, latent_meta, need_of_vlm
 from megatron_unimm.train.state import (
     base_directory,
     beginning,
@@ -119,10 +119,10 @@ def _makers(
             stage, folder / LATENTS, work.pixel_format, lambda laid: [work.picture_request(laid)], platform, groups
         )
     elif isinstance(work, FrameWork):
-        if vlm_is_frozen(stage):
-            yield _condition_maker(stage, folder / CONDITIONS, run_dir, work, platform, groups)
+        if need := need_of_vlm(stage):
+            logger.info("what the VLM says is not computed beforehand: %s", need)
         else:
-            logger.info("the VLM trains in stage %s: what it says changes, and is not computed beforehand", stage.name)
+            yield _condition_maker(stage, folder / CONDITIONS, run_dir, work, platform, groups)
         yield _vae_maker(stage, folder / LATENTS, work.pixel_format, work.picture_requests, platform, groups)
     else:
         raise ConfigError("--stage", f"{stage.name} learns from what it draws itself; nothing can be made beforehand")
@@ -218,7 +218,8 @@ def _condition_maker(
 
     def run(laid: Sequence[Laid], decoder: Decoder) -> list[tuple[Tensor, ...] | None]:
         samples, broken = zip(*work.read(laid, decoder), strict=True) if laid else ((), ())
-        row = work.row(samples)
+        # All words, whatever the stage draws from: one that takes them finds the same conversations.
+        row = work.row([replace(sample, has_words=True) for sample in samples])
         layouts = [sample.layout for sample in samples]
         said = condition_of(vlm, row)
         counts = [sum(map(len, layout.text_index)) for layout in layouts], [len(each.query_index) for each in layouts]

@@ -348,7 +348,7 @@ class Rollouts:
             latents=latents,
             condition_order=_tiled_order(one.condition_order, num_words, len(one.visual_kept), times),
             text_kept=np.repeat(copies == 0, num_words),
-            visual_kept=np.repeat(copies < 2, len(one.visual_kept)),
+            visual_kept=np.repeat((copies < 2) & work.draws_from("visual"), len(one.visual_kept)),
             places=noisy[None] + copies[:, None] * int(one.frames.counts.sum()),
             guided=np.array([guided_at(step.t, self.grpo.sampler.guidance_interval) for step in steps], dtype=bool),
             before=before,
@@ -372,8 +372,8 @@ def _per_sample(
     if guided.words is None or guided.latents is None or guided.clean is None:
         none = [None] * len(drawables)
         return none, none, none
-    words = guided.words.split([len(each.sample.layout.text_index[-1]) for each in drawables])
-    latents = guided.latents.split([each.sample.num_queries for each in drawables])
+    words = guided.words.split([each.num_words for each in drawables])
+    latents = guided.latents.split([each.num_latents for each in drawables])
     clean = guided.clean.split([int(each.sample.sizes[:-1].prod(axis=1).sum()) for each in drawables])
     return words, latents, clean
 

@@ -37,6 +37,7 @@ NEW_PARTS = (
     "query_connector.*",
     "pathways.*",
     "frame_embedding.*",
+    "vit_features.*",
     ADAPTERS,
 )
 """Parts that a base model may lack; they keep their fresh weights."""

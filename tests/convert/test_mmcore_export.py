@@ -182,7 +182,7 @@ def test_transformer_and_vae_load_in_diffusers(exported: Folders, overrides: tup
         guided = Guided(frames, [frames.lay_out(generator._request(asked, []))], frames.config.sampler)
         noise = starting_noise(SEED, 0, 16, 16)
         expected = guided.velocity(noise[None], 0.7)[0]
-        condition = guided.condition(3).unflatten(0, (3, -1))  # [3, V + Q, C]
+        condition = guided.condition(3).text.unflatten(0, (3, -1))  # [3, V + Q, C]
         pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
         latents = frames.vae.encode(pixels).latent_dist.mode()
         decoded = frames.vae.decode(latents).sample
@@ -336,6 +336,15 @@ def test_an_image_generator_alone_is_refused(exported: Folders, tmp_path: Path) 
     assert "language_model" not in read_meta(tmp_path / "imported")
     with pytest.raises(CheckpointError, match="no language model beside"):
         MMCorePipeline.from_pretrained(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("setting", ["pathways=visual", "earlier_latents=true", "vit_features=true"])
+def test_ablations_are_refused(tmp_path: Path, setting: str) -> None:
+    """What is exported would draw otherwise than the checkpoint."""
+    checkpoint = make_run(tmp_path, f"stages.diffusion.method.{setting}", PLAIN)
+    with pytest.raises(CheckpointError, match=f"was trained with method.{setting.split('=')[0]}"):
+        export_checkpoint(checkpoint, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_half_an_adapter_is_refused() -> None:

@@ -420,6 +420,25 @@ def test_conditions_stand_in_for_what_the_vlm_reads(make_chat, files, tmp_path) 
     assert (empty.words.shape, empty.visual.shape) == ((0, 6), (0, 5))
 
 
+@pytest.mark.parametrize("pathways", ["visual", "text"])
+def test_conditions_serve_one_pathway_alone(pathways: str, make_chat, files, tmp_path) -> None:
+    """They are those of both, whoever asks, and a row has what it has without a cache; where it is drawn from visual
+    latents alone, no words."""
+    samples, chat = [session(files), text_to_image(files), several(files)], plain_chat(make_chat)
+    store = write_conditions(work_of(chat, *samples), tmp_path / "cache")
+    plain = work_of(chat, *samples, pathways=pathways)
+    assert all(store.words.get(plain.condition_key(laid)) is not None for laid in laid_out(plain))
+    row, expected = row_of(replace(plain, conditions=store)), row_of(plain)
+    num_words = 39 if pathways == "text" else 0
+    assert row.words is not None
+    assert row.visual is not None
+    assert (row.words.shape, row.visual.shape) == ((num_words, 6), (15, 5))
+    assert (len(row.word_index), int(row.frames.num_condition.sum())) == (num_words, num_words + 15)
+    for field, value in vars(row).items():
+        if isinstance(value, np.ndarray) and field not in ("words", "visual"):
+            np.testing.assert_array_equal(value, vars(expected)[field])
+
+
 CHANGES: dict[str, Callable[[Sample, Path], tuple[Sample, dict]]] = {
     "nothing": lambda sample, file: (sample, {}),
     "a word": lambda sample, file: (replace(sample, turns=(Turn("user", (0, "red")), *sample.turns[1:])), {}),

@@ -46,6 +46,7 @@ DRAWING = {
     "draws_flux": (FLUX,),
     "draws_and_queries": (FLUX, f"train.trainable=[{DRAWN_NEW}, {{pattern: 'vae.*', train: false}}, {{pattern: '*'}}]"),
     "draws_moe": MODELS["moe"],
+    "draws_ablated": ("method.earlier_latents=true", "method.vit_features=true"),
 }
 """Of the diffusion transformer's stage: all that draws trains, and in one case queries behind the frozen backbone."""
 CACHED = ("data.condition_cache=FOLDER/cache/conditions", "data.latent_cache=FOLDER/cache/latents")
@@ -86,6 +87,9 @@ LAYOUTS = [
     Layout("tp2_sp_cached", 2, (TP2, SP, *CACHED), "draws_sd3"),
     Layout("pp2_cached", 2, (PP2, *CACHED), "draws_sd3"),
     Layout("cp2_cached", 2, (CP2, CACHED[0]), "draws_sd3"),
+    Layout("tp2_sp", 2, (TP2, SP), "draws_ablated"),
+    Layout("pp2_vpp2", 2, (PP2, VPP2), "draws_ablated"),
+    Layout("cp2", 2, (CP2,), "draws_ablated"),
 ]
 SEED = "train.seed=7"
 """So that the first step has an edit of several turns."""
@@ -178,6 +182,7 @@ def test_reference_draws_three_frames(model: str, root: Path) -> None:
     assert first["losses"][0] > 0.1
     parts = {"mmdit", "pathways"} | ({"vlm"} if model == "draws_and_queries" else set())
     parts |= set() if model in ("draws_flux", "draws_and_queries") else {"frame_embedding"}
+    parts |= {"vit_features"} if model == "draws_ablated" else set()
     norms = dict(zip(found["modules"], first["modules"], strict=True))
     assert {name.split(".")[0] for name, norm in norms.items() if norm > 1e-6} == parts
 

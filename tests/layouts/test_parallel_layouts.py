@@ -85,7 +85,8 @@ def start_worker(ranks: int, tasks: list[dict], worker: Path = WORKER) -> None:
         str(worker),
         json.dumps(tasks),
     ]
-    helpers = {"PYTHONPATH": str(WORKER.parents[1] / "train")}
+    # This checkout, wherever the package is installed from, and the helpers of tests/train.
+    helpers = {"PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1] / "train")])}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | helpers
     )

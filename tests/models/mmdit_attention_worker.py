@@ -67,8 +67,8 @@ def make_row(tokens: list[list[tuple[int, int, int]]]) -> TokenTable:
 def row_of(name: str | int) -> TokenTable:
     """A random row by its seed, or ``sparse``: one small sample, and padding that fills whole ranks.
 
-    Random rows have one to four samples of up to four frames, with padding behind (odd seeds: all tokens shuffled in
-    their stream; every third seed: samples of one size).
+    Random rows have one to four samples of up to four frames, some of whose conditions are shared, with padding behind
+    (odd seeds: all tokens shuffled in their stream; every third seed: samples of one size).
     """
     if name == "sparse":
         padding = (0, 0, Role.PADDING)
@@ -82,7 +82,9 @@ def row_of(name: str | int) -> TokenTable:
         for frame in range(int(draw.integers(1, 5))):
             size = int(draw.integers(1, 6))
             streams[0] += [(sample, frame, Role.CONDITION)] * int(draw.integers(0, 4))
+            streams[0] += [(sample, frame, Role.SHARED)] * int(draw.integers(0, 3))
             streams[1] += [(sample, frame, Role.CONDITION)] * int(draw.integers(0, 3))
+            streams[1] += [(sample, frame, Role.SHARED)] * int(draw.integers(0, 2))
             streams[1] += [(sample, frame, Role.NOISY)] * (size if draw.random() < 0.8 else 0)
             streams[1] += [(sample, frame, Role.CLEAN)] * (size if draw.random() < 0.8 else 0)
     for stream in streams:

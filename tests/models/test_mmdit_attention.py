@@ -22,7 +22,7 @@ from megatron_unimm.models.mmdit.visibility import KINDS, Role, TokenTable, Trai
 TOLERANCE = 1e-12
 """Absolute, in double. Measured 1.3e-15 on outputs, 2.2e-15 on gradients, for every kernel."""
 SEEDS = range(6)
-CONDITION, NOISY, CLEAN, PADDING = Role
+CONDITION, NOISY, CLEAN, PADDING, SHARED = Role
 TWO_FRAMES = make_row([[(0, 0, 0), (0, 1, 0)], [(0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2)]])
 FIGURE_6 = [
     [1, 0, 1, 0, 0, 0],
@@ -32,6 +32,20 @@ FIGURE_6 = [
     [0, 1, 0, 1, 1, 0],
     [0, 0, 0, 1, 0, 1],
 ]
+TWO_FRAMES_SHARED = make_row(
+    [[(0, 0, 0), (0, 0, 4), (0, 1, 0), (0, 1, 4)], [(0, 0, 1), (0, 0, 2), (0, 1, 1), (0, 1, 2)]]
+)
+SHARED_FIGURE = [
+    [1, 1, 0, 0, 1, 0, 0, 0],
+    [1, 1, 0, 0, 1, 0, 0, 0],
+    [0, 1, 1, 1, 0, 1, 1, 0],
+    [0, 1, 1, 1, 0, 1, 1, 0],
+    [1, 1, 0, 0, 1, 0, 0, 0],
+    [0, 0, 0, 0, 0, 1, 0, 0],
+    [0, 1, 1, 1, 0, 1, 1, 0],
+    [0, 0, 0, 0, 0, 1, 0, 1],
+]
+"""Each frame with a condition of its own and a shared one; n1 and its conditions see the shared one of frame 0."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +68,7 @@ def may_see(kind: str, table: TokenTable, query: int, key: int) -> bool:
         return ahead >= 0
     if roles[1] == CLEAN:
         return ahead > 0
-    return roles[0] != CLEAN and ahead == 0
+    return roles[0] != CLEAN and (ahead == 0 or (roles[1] == SHARED and ahead > 0))
 
 
 def reference(table: TokenTable, kind: str) -> dict[str, Tensor]:
@@ -82,6 +96,11 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_two_frames_are_figure_6() -> None:
     everything = np.arange(6)
     assert visible(TWO_FRAMES, "block_causal", everything, everything).astype(int).tolist() == FIGURE_6
+
+
+def test_two_frames_with_shared_conditions() -> None:
+    everything = np.arange(8)
+    assert visible(TWO_FRAMES_SHARED, "block_causal", everything, everything).astype(int).tolist() == SHARED_FIGURE
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,7 +183,7 @@ def test_a_new_row_does_not_recompile_flex() -> None:
     heads = [part.transpose(0, 1)[None] for part in inputs(48)[:3]]
     for seed in range(5):
         draw = np.random.default_rng(seed)
-        table = TokenTable(draw.integers(0, 3, 48), draw.integers(0, 3, 48), draw.integers(0, 4, 48), num_text=8)
+        table = TokenTable(draw.integers(0, 3, 48), draw.integers(0, 3, 48), draw.integers(0, 5, 48), num_text=8)
         lowering = JointBlocks.build(table, "block_causal", CPU)
         output = compiled(*heads, block_mask=lowering.block_mask)
         expected = worker.attention("block_causal", "scaled_dot_product", Alone()).attend(
@@ -202,12 +221,12 @@ def test_lowering_of_each_backend() -> None:
 # Leaks: what must not reach a token does not change a bit of it.
 
 
-def story() -> TokenTable:
+def story(shared: bool = False) -> TokenTable:
     """Two samples; the first has three frames, with conditions in both streams."""
     text, image = [], []
     for sample, frames in ((0, 3), (1, 2)):
         for frame in range(frames):
-            text += [(sample, frame, CONDITION)] * 3
+            text += [(sample, frame, CONDITION)] * 2 + [(sample, frame, SHARED if shared else CONDITION)]
             image += [(sample, frame, role) for role in (CONDITION, NOISY, NOISY, CLEAN, CLEAN)]
     return make_row([text, image])
 
@@ -236,9 +255,10 @@ def changed(table: TokenTable, of: np.ndarray, kernel: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("frame", range(3))
-def test_clean_tokens_reach_later_frames_only(kernel: str, frame: int) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_clean_tokens_reach_later_frames_only(kernel: str, frame: int, shared: bool) -> None:
     """The noisy tokens of a frame, and those of frames before, never know its clean image; later frames do."""
-    table = story()
+    table = story(shared)
     own = table.sample == 0
     reached = changed(table, own & (table.frame == frame) & (table.role == CLEAN), kernel)
     expected = own & ((table.frame > frame) | ((table.frame == frame) & (table.role == CLEAN)))
@@ -253,6 +273,22 @@ def test_conditions_and_noise_stay_in_their_frame(kernel: str, role: Role, frame
     own = (table.sample == 0) & (table.frame == frame)
     reached = changed(table, own & (table.role == role), kernel)
     assert np.array_equal(reached, own & (table.role != CLEAN))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("role", [CONDITION, NOISY, SHARED])
+@pytest.mark.parametrize("frame", range(3))
+def test_shared_conditions_carry_their_frame_to_later_ones(kernel: str, role: Role, frame: int) -> None:
+    """And to no clean token, nor to frames before."""
+    table = story(shared=True)
+    own = table.sample == 0
+    reached = changed(table, own & (table.frame == frame) & (table.role == role), kernel)
+    expected = own & (table.frame >= frame) & (table.role != CLEAN)
+    assert not (reached & ~expected).any()
+    # What has come through the shared tokens of the first layer may be too little to round differently everywhere.
+    assert (
+        (reached[expected]).all() if role == SHARED else reached[own & (table.frame == frame + 1)].any() or frame == 2
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,9 +91,15 @@ def folded(patches: Tensor, rows: int, columns: int, side: int) -> Tensor:
     return F.fold(patches.T[None], (rows * side, columns * side), side, stride=side)
 
 
-def frame_loss(step: TrainStep, sample: FrameSample, number: int, condition: Tensor) -> tuple[Tensor, float]:
+def frame_loss(
+    step: TrainStep, sample: FrameSample, number: int, condition: Tensor, read: Sequence[Tensor] = ()
+) -> tuple[Tensor, float]:
     """Summed squared error of one noisy frame, and its timestep: the transformer sees its condition, it, and the clean
-    pictures before it, and nothing else is there."""
+    pictures before it, and nothing else is there.
+
+    Args:
+        read: ``[u, H]`` of each picture, added to its clean tokens.
+    """
     chunk, generator = chunk_of(step), generator_of(step.stage)
     side, patch, vae = generator.token_pixels, generator.mmdit.patch_size, generator.vae
     x_0 = []
@@ -118,6 +124,11 @@ def frame_loss(step: TrainStep, sample: FrameSample, number: int, condition: Ten
     canvas = Canvas.build(
         frames, len(condition), len(condition) + int(frames.counts.sum()), generator, chunk.place(None)
     )
+    added = torch.zeros(int(frames.counts.sum()), generator.mmdit.hidden_size)
+    if generator.mmdit.family == "sd3":
+        added = chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts)))
+    if read:
+        added = added + torch.cat([*read[:number], torch.zeros(len(x_t), added.shape[1])])
     inputs = MMDiTInput(
         condition=condition,
         patches=torch.cat([*x_0[:number], x_t]),
@@ -125,15 +136,13 @@ def frame_loss(step: TrainStep, sample: FrameSample, number: int, condition: Ten
         timestep=torch.tensor([0.0] * number + [float(t)]),
         pooled=chunk.pathways.pooled.expand(number + 1, -1),
         guidance=torch.full((number + 1,), 3.5) if generator.mmdit.guidance else None,
-        added=None
-        if generator.mmdit.family == "flux"
-        else chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts))),
+        added=added,
     )
     velocity = chunk.mmdit(canvas.row, inputs, None)[-len(noise) :]
     return (velocity - (noise - x_0[number])).square().mean(dim=1).sum(), float(t)
 
 
-def sample_losses(step: TrainStep, sample: FrameSample) -> list[tuple[Tensor, float, int]]:
+def sample_losses(step: TrainStep, sample: FrameSample, read: Sequence[Tensor] = ()) -> list[tuple[Tensor, float, int]]:
     """Of each picture of a conversation, from the VLM on it alone: the loss, the timestep, and its tokens."""
     chunk, queries = chunk_of(step), sample.num_queries
     alone = batch_of(step, row_of(step.stage, [sample])).condition
@@ -147,7 +156,7 @@ def sample_losses(step: TrainStep, sample: FrameSample) -> list[tuple[Tensor, fl
         words = text.linear_2(F.gelu(text.linear_1(words * (sample.text_uniform[number] >= 0.4))))
         visual = seen.linear_2(F.gelu(seen.linear_1(visual * (sample.visual_uniform[number] >= 0.3))))
         condition = torch.cat([words, visual + chunk.pathways.place])
-        loss, t = frame_loss(step, sample, int(number), condition)
+        loss, t = frame_loss(step, sample, int(number), condition, read)
         found.append((loss, t, int(sample.sizes[number].prod())))
     return found
 
@@ -206,11 +215,14 @@ def test_dropout_goes_by_the_step(repo: Path, world: World) -> None:
 # -- what a frame sees
 
 
+@pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_what_frames_see(model: str, repo: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_frames_see(model: str, earlier: bool, repo: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a conversation of three: gradients of each picture's velocity to all conditions and all pictures. A frame
-    follows its own words and visual latents and nobody else's, and all pictures up to itself."""
-    step = diffusion_step(small_diffusion(repo, *MODELS[model]), world)
+    follows its own words and visual latents and nobody else's, and all pictures up to itself. Where it sees earlier
+    visual latents, it follows through them the words that these have seen."""
+    settings = (*MODELS[model], f"method.earlier_latents={str(earlier).lower()}")
+    step = diffusion_step(small_diffusion(repo, *settings), world)
     chunk, sample = chunk_of(step), make_frames(step.stage, "three", ("says", 4), ("draws", 2, 2), *THREE[1:])
     no_dropout = {"text_uniform": np.ones(3), "visual_uniform": np.ones(3)}
     row = row_of(step.stage, [replace(sample, **no_dropout), *several(step.stage)])
@@ -243,7 +255,8 @@ def test_what_frames_see(model: str, repo: Path, world: World, monkeypatch: pyte
                 by_latent[other * queries : (other + 1) * queries].any(),
                 by_picture[tokens[other] : tokens[other + 1]].any(),
             ]
-            assert [bool(each) for each in moves] == [other == frame, other == frame, other <= frame], (frame, other)
+            own = other == frame or (earlier and other < frame)
+            assert [bool(each) for each in moves] == [own, own, other <= frame], (frame, other)
         assert not by_picture[tokens[3] :].any(), "other conversations"
         assert not by_latent[3 * queries :].any()
 
@@ -446,6 +459,31 @@ def test_conditions_from_a_cache_train_alike(
         torch.testing.assert_close(value, with_vlm[key], rtol=0, atol=0 if key.startswith(VLM_PARTS) else 1e-4)
 
 
+def test_one_pathway_alone_takes_the_cache(
+    repo: Path, overrides: list[str], run_dir: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without words the losses from it are those with the VLM, and the cache that is made of such a stage is the same,
+    words and all."""
+    overrides = [*overrides, "stages.diffusion.method.pathways=visual"]
+    make_cache(small_diffusion(repo, *overrides), tmp_path / "cache", run_dir)
+    for part in ("conditions/words", "conditions/visual"):
+        found, expected = entries(FeatureStore(tmp_path / "cache" / part)), entries(FeatureStore(cache / part))
+        assert found.keys() == expected.keys()
+        assert all(len(rows) for rows in found.values())
+        for key, rows in found.items():
+            np.testing.assert_allclose(rows, expected[key], rtol=0, atol=1e-5)
+    lines = []
+    for name in ("with", "without"):
+        shutil.copytree(run_dir / "vlm", tmp_path / name / "vlm")
+        lines.append(train(repo, tmp_path / name, "diffusion", overrides))
+        monkeypatch.setattr(MMCoreVlm, "condition", None)
+        overrides += used(cache, "condition")
+    for wanted, found in zip(*lines, strict=True):
+        assert found["draws"] == wanted["draws"]
+        assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-6)
+        assert found["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-5)
+
+
 def open_conditions(stage: StageConfig, start: Path, world: World) -> ConditionStore:
     conditions = open_caches(stage, start, world[1])[2]
     assert conditions is not None
@@ -486,7 +524,12 @@ def test_the_hash_goes_by_what_is_computed_with(repo: Path, overrides: list[str]
 
 
 WRONG_USE = {
-    "the VLM trains": ("diffusion", (SOME_OF_THE_VLM,), r"set, but the VLM trains in stage diffusion"),
+    "the VLM trains": ("diffusion", (SOME_OF_THE_VLM,), r"set, but the VLM trains in stage diffusion, and what"),
+    "the vision encoder is needed": (
+        "diffusion",
+        ("stages.diffusion.method.vit_features=true",),
+        r"set, but method.vit_features of stage diffusion takes what its vision encoder sees",
+    ),
     "no diffusion transformer": ("vlm", (), r"set, but method mmcore of stage vlm learns from no such conditions"),
     "policy": ("policy", (), r"set, but method mmcore_policy of stage policy learns from no such conditions"),
 }
@@ -546,7 +589,15 @@ def entries(store: FeatureStore) -> dict[Key, np.ndarray]:
 # -- FLOPs
 
 
-@pytest.mark.parametrize("trains", ["drawing", "queries too", "drawing, from cached conditions"])
+FLOP_SETTINGS = {
+    "drawing": (),
+    "queries too": (SOME_OF_THE_VLM,),
+    "drawing, from cached conditions": ("data.condition_cache=somewhere",),
+    "drawing with earlier latents": ("method.earlier_latents=true",),
+}
+
+
+@pytest.mark.parametrize("trains", FLOP_SETTINGS)
 @pytest.mark.parametrize("model", MODELS)
 def test_flops_equal_torch_counter(
     model: str, trains: str, repo: Path, world: World, monkeypatch: pytest.MonkeyPatch
@@ -554,11 +605,9 @@ def test_flops_equal_torch_counter(
     """Exactly, of everything but what is left out: the VAE's convolutions (latents come made), the pathways, the
     masked half of the VLM's attention, and sums over the tokens of a conditioning vector, which the layers write as
     products."""
-    cached = trains == "drawing, from cached conditions"
-    settings = ("data.condition_cache=somewhere",) if cached else (SOME_OF_THE_VLM,) if trains == "queries too" else ()
-    step = diffusion_step(small_diffusion(repo, *MODELS[model], *settings), world)
+    step = diffusion_step(small_diffusion(repo, *MODELS[model], *FLOP_SETTINGS[trains]), world)
     chunk, row = chunk_of(step), row_of(step.stage, several(step.stage))
-    if cached:
+    if step.stage.data.condition_cache:
         words, visual = (np.ones((len(index), 64), np.float32) for index in (row.word_index, row.query_index))
         row = replace(row, words=words, visual=visual)
     batch = batch_of(step, row)

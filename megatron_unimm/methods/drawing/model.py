@@ -11,6 +11,7 @@ Legend  n frames of the row, V condition tokens, U image tokens, both without pa
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,15 @@ class LossInput:
     """float32 ``[t_image]``."""
     bins: Tensor
     """int64 ``[t_image]``."""
+
+
+class Condition(NamedTuple):
+    """What a row is drawn from, beside noise."""
+
+    text: Tensor
+    """``[V, C]``."""
+    image: Tensor | None = None
+    """``[U, H]``, to be added to the tokens of patches; None for nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,8 @@ class DrawingModel(StageModel):
             num_vectors=num_vectors,
         )
 
-    def conditions(self, batch: DrawingBatch) -> Tensor:
-        """``[V, C]`` (first stage)."""
+    def conditions(self, batch: DrawingBatch) -> Condition:
+        """Of a micro-batch (first stage)."""
         raise NotImplementedError
 
     def pooled(self, num_vectors: int) -> Tensor:
@@ -118,7 +128,8 @@ class DrawingModel(StageModel):
         raise NotImplementedError
 
     def added(self, canvas: Canvas) -> Tensor | None:
-        """``[t_image, H]``, to be added to the tokens of patches (first stage); None for nothing."""
+        """``[t_image, H]``, to be added to the tokens of patches whatever the condition (first stage); None for
+        nothing."""
         return None
 
     def forward(self, batch: DrawingBatch) -> Tensor:
@@ -157,21 +168,25 @@ class DrawingModel(StageModel):
         noisy = interpolate(latents, batch.pictures.noise, t).to(latents.dtype)  # [U, F]
         return self.mmdit_input(batch.canvas, self.conditions(batch), noisy, batch.timestep)
 
-    def mmdit_input(self, canvas: Canvas, condition_VC: Tensor, noisy_UF: Tensor, timestep: Tensor) -> MMDiTInput:
+    def mmdit_input(self, canvas: Canvas, condition: Condition, noisy_UF: Tensor, timestep: Tensor) -> MMDiTInput:
         """This context rank's part of what the diffusion transformer reads."""
         ranks = self.groups.config.context
         num_text, num_image = len(canvas.text_index) * ranks, len(canvas.image_index) * ranks
         guidance = None
         if self.model.mmdit.guidance:
             guidance = torch.full_like(timestep, self.stage.method.embedded_guidance)
+        added = self.added(canvas)
+        if condition.image is not None:
+            image = padded_to(condition.image, num_image).index_select(0, canvas.image_index)
+            added = image if added is None else added + image
         return MMDiTInput(
-            condition=padded_to(condition_VC, num_text).index_select(0, canvas.text_index),
+            condition=padded_to(condition.text, num_text).index_select(0, canvas.text_index),
             patches=padded_to(noisy_UF, num_image).index_select(0, canvas.image_index),
             position_index=canvas.position_index,
             timestep=timestep,
             pooled=self.pooled(len(timestep)),
             guidance=guidance,
-            added=self.added(canvas),
+            added=added,
         )
 
     # -- last stage

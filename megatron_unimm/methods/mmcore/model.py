@@ -159,6 +159,13 @@ class MMCoreVlm(VlmModel):
             latents = self._whole(latents, batch.queries.rows, len(batch.queries.index))
         return hidden, latents
 
+    def visual_tokens(self, batch: MMCoreBatch) -> Tensor:
+        """Of the images that a row reads, ``[V, H]``, whole on every rank; the tower looks at them again."""
+        assert batch.sight is not None
+        seen = self.seen_features(batch.sight, self.frozen_features(batch.sight))
+        nothing = self.query_tokens.weight.new_zeros(0, self.config.hidden_size)
+        return nothing if seen is None or seen.dim() == 0 else self.tokens_of(seen)
+
     def _whole(self, rows_tF: Tensor, index: Tensor, size: int) -> Tensor:
         """The rows of all context ranks, each at its place."""
         group = self.groups.collection.cp

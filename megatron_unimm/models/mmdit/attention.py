@@ -269,8 +269,8 @@ def _variable_length(config: TransformerConfig) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Cells:
-    """Tokens that are the same to the rules (one sample, frame, clean or not, stream) fall into one cell, so that
-    visibility is worked out between some hundreds of cells and not between all tokens."""
+    """Tokens that are the same to the rules (one sample, frame, stream; clean, shared or neither) fall into one cell,
+    so that visibility is worked out between some hundreds of cells and not between all tokens."""
 
     traits: Traits
     """Of each cell."""

@@ -112,6 +112,10 @@ def _table(frames: Frames, frame_of_token: np.ndarray, num_text: int) -> TokenTa
     in_image = np.arange(len(frame_of_token)) >= num_text
     role = np.where(in_image, Role.NOISY, Role.CONDITION)
     role = np.where(in_image & _of_frame(frames.is_clean, frame_of_token, False), Role.CLEAN, role)
+    if frames.num_shared is not None:
+        ends = np.repeat(frames.num_condition.cumsum(), frames.num_condition)
+        is_last = ends - np.arange(len(ends)) <= np.repeat(frames.num_shared, frames.num_condition)
+        role[: len(ends)][is_last] = Role.SHARED
     role = np.where(frame_of_token < 0, Role.PADDING, role)
     sample, number = (_of_frame(values, frame_of_token, -1) for values in (frames.sample, frames.number))
     return TokenTable(sample, np.maximum(number, 0), role, num_text)

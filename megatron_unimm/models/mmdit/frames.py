@@ -20,6 +20,8 @@ class Frames:
     """int64 ``[n]``: counts up inside a sample."""
     is_clean: np.ndarray
     """bool ``[n]``."""
+    num_shared: np.ndarray | None = None
+    """int64 ``[n]``: the last so many tokens of its condition are seen by later frames too; None for none."""
 
     @classmethod
     def single(cls, sizes: np.ndarray, num_condition: np.ndarray) -> "Frames":
@@ -40,12 +42,31 @@ class Frames:
             sample=np.concatenate([self.sample + num_samples * copy for copy in range(times)]),
             number=np.tile(self.number, times),
             is_clean=np.tile(self.is_clean, times),
+            num_shared=None if self.num_shared is None else np.tile(self.num_shared, times),
         )
 
     @property
     def counts(self) -> np.ndarray:
         """int64 ``[n]``: image tokens."""
         return self.sizes.prod(axis=1)
+
+    @property
+    def is_last(self) -> np.ndarray:
+        """bool ``[n]``: the last of its sample?"""
+        last = np.zeros(int(self.sample.max(initial=-1)) + 1, dtype=np.int64)
+        np.maximum.at(last, self.sample, self.number)
+        return self.number == last[self.sample]
+
+    def clean_places(self, frames: np.ndarray) -> np.ndarray:
+        """Of each image token of some frames (int64, their places) that are there clean as well: its place among those
+        of all clean frames, int64."""
+        starts = np.cumsum(self.counts * self.is_clean) - self.counts
+        clean = {
+            (self.sample[place], self.number[place]): np.arange(starts[place], starts[place] + self.counts[place])
+            for place in np.flatnonzero(self.is_clean)
+        }
+        nothing = np.zeros(0, dtype=np.int64)
+        return np.concatenate([nothing, *(clean[self.sample[place], self.number[place]] for place in frames)])
 
     @property
     def look_back(self) -> bool:

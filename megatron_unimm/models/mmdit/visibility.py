@@ -24,6 +24,12 @@ A condition may not see the clean tokens of its own frame: the noisy tokens, whi
 the image that they are to find. A clean token may not see conditions, not even its own frame's: later frames, which see
 the clean token, would see through it the visual latents of earlier frames, which the paper keeps out of the context.
 
+What the paper compares with, a context with the visual latents of earlier frames in it, is a role of these tokens,
+``SHARED``: the noisy tokens and conditions of later frames see them. Such a token carries its own frame: the noisy
+tokens, its other conditions, and the clean frames before it, that is a blurred view of what later frames see clean
+anyway. Still nothing of a frame's own clean tokens, or of those of later frames, reaches its noisy ones; clean tokens
+see no shared ones either.
+
 Padding sees nothing and is seen by nothing, whatever the kind.
 """
 
@@ -45,6 +51,8 @@ class Role(IntEnum):
     NOISY = 1
     CLEAN = 2
     PADDING = 3
+    SHARED = 4
+    """A condition that later frames see too."""
 
 
 class Traits(NamedTuple):
@@ -54,7 +62,8 @@ class Traits(NamedTuple):
     sample: Any
     frame: Any
     is_clean: Any
-    """bool, as are the next two. Not the role: torch.compile takes a tensor to differ from every member of an enum."""
+    """bool, as all that follow. Not the role: torch.compile takes a tensor to differ from every member of an enum."""
+    is_shared: Any
     is_padding: Any
     in_image: Any
     """Of the image stream?"""
@@ -91,8 +100,8 @@ class TokenTable:
 
     def traits(self) -> Traits:
         """Of every token: ``[T]`` each."""
-        is_clean, is_padding = self.role == Role.CLEAN, self.role == Role.PADDING
-        return Traits(self.sample, self.frame, is_clean, is_padding, np.arange(len(self)) >= self.num_text)
+        is_clean, is_shared, is_padding = (self.role == role for role in (Role.CLEAN, Role.SHARED, Role.PADDING))
+        return Traits(self.sample, self.frame, is_clean, is_shared, is_padding, np.arange(len(self)) >= self.num_text)
 
 
 def sees(kind: str, query: Traits, key: Traits) -> Any:
@@ -107,7 +116,7 @@ def sees(kind: str, query: Traits, key: Traits) -> Any:
     if kind in BLOCK_CAUSAL_KINDS:
         earlier, same_frame = key.frame < query.frame, key.frame == query.frame
         to_clean = earlier | (same_frame & query.is_clean)
-        to_others = same_frame & ~query.is_clean
+        to_others = (same_frame | (earlier & key.is_shared)) & ~query.is_clean
         seen = seen & ((key.is_clean & to_clean) | (~key.is_clean & to_others))
     return seen
 

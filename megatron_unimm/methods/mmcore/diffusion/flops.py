@@ -1,12 +1,13 @@
 """Model FLOPs of rows of MMCORE's diffusion transformer: what is counted and how is said in ``models/flops.py``.
 
 Counted are all products of the diffusion transformer and of the VLM. Left out are the VAE, whose convolutions are no
-matrix products, and the pathways, two layers on the condition's tokens. Of conditions that were computed beforehand the
-VLM costs nothing.
+matrix products, the pathways, two layers on the condition's tokens, and the layer of ``method.vit_features``. Of
+conditions that were computed beforehand the VLM costs nothing.
 """
 
 import numpy as np
 
+from megatron_unimm.config.methods import MMCoreDiffusionConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample
 from megatron_unimm.methods.drawing.flops import MMDiTLoad, mmdit_cost
@@ -30,12 +31,14 @@ def row_flops(row: FrameRow, stage: StageConfig) -> float:
 def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vectors, and
     the VLM without its connector."""
+    latents = np.array([0 if clean else sample.num_queries for _, clean in sample.entries])
     frames = Frames(
         sizes=np.array([sample.sizes[number] for number, _ in sample.entries]),
         num_condition=np.array([0 if clean else sample.num_condition[number] for number, clean in sample.entries]),
         sample=np.zeros(len(sample.entries), dtype=np.int64),
         number=np.array([number for number, _ in sample.entries]),
         is_clean=np.array([clean for _, clean in sample.entries]),
+        num_shared=latents if sees_earlier_latents(stage) else None,
     )
     drawing = mmdit_cost(MMDiTLoad(0, 0, len(frames), *_pairs(frames)), stage, *CONDITION)
     if stage.data.condition_cache:
@@ -47,6 +50,10 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     return drawing + vlm
 
 
+def sees_earlier_latents(stage: StageConfig) -> bool:
+    return isinstance(stage.method, MMCoreDiffusionConfig) and stage.method.earlier_latents
+
+
 def load_of(row: FrameRow) -> MMDiTLoad:
     """What a row asks of the diffusion transformer."""
     return MMDiTLoad(row.num_text, row.num_tokens - row.num_text, len(row.frames), *_pairs(row.frames))
@@ -54,12 +61,15 @@ def load_of(row: FrameRow) -> MMDiTLoad:
 
 def _pairs(frames: Frames) -> tuple[float, float]:
     """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
-    itself and the clean ones before, a noisy one with its condition itself and the same."""
+    itself and the clean ones before, a noisy one with its condition itself, the same, and the shared conditions
+    before."""
     joint = image = 0.0
     tokens = frames.counts.astype(np.float64)
+    shared = np.zeros(len(frames)) if frames.num_shared is None else frames.num_shared
     for place in range(len(frames)):
-        before = frames.is_clean & (frames.sample == frames.sample[place]) & (frames.number < frames.number[place])
-        seen, condition = float(tokens[before].sum()), float(frames.num_condition[place])
-        joint += (tokens[place] + condition) * (tokens[place] + condition + seen)
+        before = (frames.sample == frames.sample[place]) & (frames.number < frames.number[place])
+        seen, condition = float(tokens[before & frames.is_clean].sum()), float(frames.num_condition[place])
+        beside = 0.0 if frames.is_clean[place] else float(shared[before].sum())
+        joint += (tokens[place] + condition) * (tokens[place] + condition + seen + beside)
         image += tokens[place] * (tokens[place] + seen)
     return joint, image

@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from megatron_unimm.config.data import SampleKind
-from megatron_unimm.config.methods import MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
@@ -101,12 +101,17 @@ class _Chunk(DrawingChunk):
         queries, words = vlm_of(self.stage), self.stage.model.backbone.hidden_size
         pathways = pathways_weights(self.mmdit, words, queries.latent_size(self.stage.model), queries.num_queries)
         embedding = self.method.max_frames * self.mmdit.hidden_size * isinstance(self.mmdit, Sd3Config)
+        features = Weights(0)
+        if isinstance(self.method, MMCoreDiffusionConfig) and self.method.vit_features:
+            width = self.stage.model.vision_encoder.out_size
+            features = Weights(width + (width + 1) * self.mmdit.hidden_size)
         return [
             *super().parts(),
             (self.vlm.trained, True),
             (self.vlm.frozen, False),
             (pathways, self.pathways_train),
             (Weights(embedding), not is_frozen("frame_embedding", self.stage.train.trainable)),
+            (features, not is_frozen("vit_features", self.stage.train.trainable)),
         ]
 
     def kept(self) -> dict[str, Kept]:

@@ -36,6 +36,7 @@ from megatron_unimm.methods.mmcore.method import frozen_parts
 from megatron_unimm.methods.vlm.layout import alignment
 from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
+from megatron_unimm.models.vit_features import FeaturePlaces
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -120,6 +121,7 @@ class MMCoreDiffusion:
             visual_kept=floats(row.visual_kept, place),
             words=words,
             latents=latents,
+            features=feature_places(row, self.stage, place.device) if self.config.vit_features else None,
         )
 
     def _pictures(self, row: FrameRow, place: Place) -> PictureInput:
@@ -138,6 +140,12 @@ def model_parts(stage: StageConfig) -> dict[str, Path]:
     """Where parts come from that the checkpoint of the stage before does not hold."""
     generator, base = Path(stage.generator_checkpoint), Path(stage.base_checkpoint)
     return {"mmdit": generator, "vae": generator, "vision_encoder": base, "backbone": base}
+
+
+def feature_places(row: FrameRow, stage: StageConfig, device: torch.device) -> FeaturePlaces:
+    """Where the VLM's visual tokens go: what a frame looks back at is what the VLM reads, in the same order."""
+    grids = row.conversation.grids[:, 1:] // stage.model.vision_encoder.spatial_merge_size
+    return FeaturePlaces.build(row.frames, grids, device)
 
 
 NO_DROPOUT = DropoutSchedule(start=0.0, end=0.0)
@@ -163,6 +171,8 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
         text_dropout=method.text_dropout if drops else NO_DROPOUT,
         visual_dropout=method.visual_dropout if drops else NO_DROPOUT,
         max_frames=method.max_frames,
+        pathways=method.pathways,
+        earlier_latents=drops and method.earlier_latents,
         stream_multiple=stream_multiple(stage),
         vlm_alignment=aligned,
         vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),

@@ -16,18 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_unimm.config.methods import MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
-from megatron_unimm.methods.drawing.model import DrawingBatch, DrawingModel
+from megatron_unimm.methods.drawing.model import Condition, DrawingBatch, DrawingModel
 from megatron_unimm.methods.mmcore.batch import MMCoreBatch, build_condition_batch
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.models.lora import add_lora
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.pathways import DualPathway
+from megatron_unimm.models.vit_features import FeaturePlaces, VitFeatures
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -53,6 +54,8 @@ class ConditionInput:
     """``[V, H]``, computed beforehand, as the next."""
     latents: Tensor | None = None
     """``[Q, D]``."""
+    features: FeaturePlaces | None = None
+    """Where the VLM's visual tokens go, for a model that adds them to clean tokens."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class MMCoreDiffusionModel(DrawingModel):
         vlm: the VLM of the first stage of training; saved with the rest, so that a checkpoint answers by itself.
         pathways: words and visual latents to the condition.
         frame_embedding: tells frames apart where positions do not (SD3).
+        vit_features: what the VLM sees of earlier pictures, to their clean tokens (where the recipe asks for it).
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class MMCoreDiffusionModel(DrawingModel):
             if isinstance(mmdit, Sd3Config):
                 self.frame_embedding = torch.nn.Embedding(method.max_frames, mmdit.hidden_size)
                 torch.nn.init.zeros_(self.frame_embedding.weight)
+            if isinstance(method, MMCoreDiffusionConfig) and method.vit_features:
+                self.vit_features = VitFeatures(stage.model.vision_encoder.out_size, mmdit.hidden_size)
         self.freeze_base()
 
     def checkpoint_name(self, name: str) -> str:
@@ -108,16 +114,21 @@ class MMCoreDiffusionModel(DrawingModel):
 
     # -- first stage
 
-    def conditions(self, batch: DrawingBatch) -> Tensor:
+    def conditions(self, batch: DrawingBatch) -> Condition:
         assert isinstance(batch, DiffusionBatch)
         assert batch.condition is not None
-        words, latents = batch.condition.words, batch.condition.latents
+        words, latents, image = batch.condition.words, batch.condition.latents, None
         if words is None or latents is None:
             assert batch.condition.conversation is not None
             assert batch.condition.word_index is not None
             hidden, latents = self.vlm.condition(batch.condition.conversation)  # [T, H], [Q, D]
             words = hidden.index_select(0, batch.condition.word_index)
-        return self.condition(words, latents, batch.condition)
+            image = self.image_condition(batch.condition.conversation, batch.condition.features)
+        return Condition(self.condition(words, latents, batch.condition), image)
+
+    def image_condition(self, conversation: MMCoreBatch, places: FeaturePlaces | None) -> Tensor | None:
+        """``[U, H]``, to be added to image tokens; None for nothing."""
+        return None if places is None else self.vit_features(self.vlm.visual_tokens(conversation), places)
 
     def condition(self, words_VH: Tensor, latents_QD: Tensor, condition: ConditionInput) -> Tensor:
         """``[V + Q, C]`` in the order of the text stream."""
@@ -138,11 +149,15 @@ def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, fr
     return MMCoreVlm(vlm_stage(stage), stage.queries, platform, whole, frozen, with_teacher=False)
 
 
+def conversation_of(vlm: MMCoreVlm, row: FrameRow) -> MMCoreBatch:
+    """What a VLM reads of a row."""
+    return build_condition_batch(row.conversation, row.query_index, vlm.stage.model, vlm.role())
+
+
 def condition_of(vlm: MMCoreVlm, row: FrameRow) -> tuple[Tensor, Tensor]:
     """What a VLM says of a row: the last hidden states at its words ``[V, H]``, and visual latents ``[Q, D]``."""
-    role = vlm.role()
-    hidden, latents = vlm.condition(build_condition_batch(row.conversation, row.query_index, vlm.stage.model, role))
-    return hidden.index_select(0, torch.from_numpy(row.word_index).to(role.device)), latents
+    hidden, latents = vlm.condition(conversation_of(vlm, row))
+    return hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device)), latents
 
 
 def vlm_stage(stage: StageConfig) -> StageConfig:

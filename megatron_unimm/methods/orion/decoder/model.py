@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_unimm.config.methods import OrionDecoderConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.methods.drawing.model import DrawingBatch, DrawingModel
+from megatron_unimm.methods.drawing.model import Condition, DrawingBatch, DrawingModel
 from megatron_unimm.models.connectors import VisualTokenConnector
 from megatron_unimm.models.transformer_config import vision_transformer_config
 from megatron_unimm.models.vision import VisionInput, build_vision_encoder
@@ -71,10 +71,10 @@ class OrionDecoderModel(DrawingModel):
 
     # -- first stage
 
-    def conditions(self, batch: DrawingBatch) -> Tensor:
+    def conditions(self, batch: DrawingBatch) -> Condition:
         assert isinstance(batch, DecoderBatch)
         assert batch.condition is not None
-        return self.condition(self._visual_tokens(batch.condition), batch.condition)
+        return Condition(self.condition(self._visual_tokens(batch.condition), batch.condition))
 
     def pooled(self, num_vectors: int) -> Tensor:
         return self.connector.pooled.expand(num_vectors, -1)
