@@ -143,7 +143,17 @@ def frames_of(work: FrameWork, turns: list[Turn]) -> FrameSample:
 # -- drawing is what training computes
 
 
-@pytest.mark.parametrize("settings", [(), (EARLIER,), (VIT,), (EARLIER, VIT)], ids=["plain", "earlier", "vit", "both"])
+DRAWN_WITH = {
+    "plain": (),
+    "earlier": (EARLIER,),
+    "vit": (VIT,),
+    "both": (EARLIER, VIT),
+    "visual": ("method.pathways=visual", EARLIER),
+    "text": ("method.pathways=text",),
+}
+
+
+@pytest.mark.parametrize("settings", DRAWN_WITH.values(), ids=DRAWN_WITH)
 @pytest.mark.parametrize("model", ["dual", "flux"])
 def test_a_velocity_is_that_of_training(settings: tuple[str, ...], model: str, repo: Path, world: World) -> None:
     """Of the second edit of a conversation, at t = 1 where the state is all that is left of the picture: it is that of
@@ -174,6 +184,7 @@ def test_a_velocity_is_that_of_training(settings: tuple[str, ...], model: str, r
     batch = batch_of(step, row)
     assert batch.condition is not None
     kept = {name: torch.ones_like(vars(batch.condition)[name]) for name in ("text_kept", "visual_kept")}
+    kept["visual_kept"] *= "method.pathways=text" not in settings
     timestep = torch.zeros_like(batch.timestep)
     timestep[len(row.frames) - 1] = 1.0
     noise = torch.zeros(len(row.token_of), width)
