@@ -87,9 +87,7 @@ def start_worker(ranks: int, tasks: list[dict], worker: Path = WORKER) -> None:
     ]
     # This checkout, wherever the package is installed from, and the helpers of tests/train.
     helpers = {"PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1] / "train")])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | helpers
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | helpers)
     errors = [line for line in done.stderr.splitlines() if line.startswith("[rank") or "rror" in line]
     assert done.returncode == 0, "\n".join(errors[-30:])
 
