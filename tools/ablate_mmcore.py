@@ -265,9 +265,11 @@ def main() -> None:
     parser.add_argument("ablation", choices=ABLATIONS)
     default = Path(os.environ.get("RUNS", "runs")) / "mmcore" / "ablations"
     parser.add_argument("--run-dir", type=Path, default=default, help="folder of all runs  [%(default)s]")
-    parser.add_argument("--vlm-steps", type=int, default=250)
-    parser.add_argument("--diffusion-steps", type=int, default=250)
-    parser.add_argument("--sft-steps", type=int, default=50, help="of the VLM, for table1's last row")
+    parser.add_argument("--vlm-steps", type=int, default=200, help="[%(default)s]")
+    parser.add_argument("--diffusion-steps", type=int, default=200, help="[%(default)s]")
+    parser.add_argument(
+        "--sft-steps", type=int, default=40, help="of the VLM, for the last row of table1  [%(default)s]"
+    )
     parser.add_argument("--num-samples", type=int, default=20, help="as of unimm evaluate  [%(default)s]")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each  [%(default)s]")
     parser.add_argument("--print", action="store_true", help="print the commands and run none")
