@@ -52,9 +52,10 @@ def load_of(row: FrameRow) -> MMDiTLoad:
     return MMDiTLoad(row.num_text, row.num_tokens - row.num_text, len(row.frames), *_pairs(row.frames))
 
 
-def _pairs(frames: Frames) -> tuple[float, float]:
+def _pairs(frames: Frames) -> tuple[float, float, float, float]:
     """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
-    itself and the clean ones before, a noisy one with its condition itself and the same."""
+    itself and the clean ones before, a noisy one with its condition itself and the same. Then those of images with
+    their conditions, and the image tokens."""
     joint = image = 0.0
     tokens = frames.counts.astype(np.float64)
     for place in range(len(frames)):
@@ -62,4 +63,4 @@ def _pairs(frames: Frames) -> tuple[float, float]:
         seen, condition = float(tokens[before].sum()), float(frames.num_condition[place])
         joint += (tokens[place] + condition) * (tokens[place] + condition + seen)
         image += tokens[place] * (tokens[place] + seen)
-    return joint, image
+    return joint, image, float((tokens * frames.num_condition).sum()), float(tokens.sum())
