@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_unimm.checkpoint.fallback import Tell, newest_intact
-from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER, LANGUAGE_MODEL
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, CARRIED, HF_FOLDER, LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import PendingSave, load, save
@@ -92,7 +92,7 @@ def load_weights(
         names = {part for part, path in lacking.items() if path == other}
         load(_with_parts(state, lambda part, names=names: part in names), other, may_be_unread=("*",))
     own = _with_parts(state, lambda part: part not in lacking)
-    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*", *unread))
+    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*", f"{CARRIED}*", *unread))
 
 
 def _part_of(key: str) -> str:
