@@ -211,7 +211,7 @@ class BackboneConfig(Section):
 
 
 class TokenIds(Section):
-    """Special tokens of the tokenizer (defaults: Qwen2.5-VL)."""
+    """Special tokens of the tokenizer (defaults: Qwen2.5-VL). Their texts go by ``model.chat_template``."""
 
     pad: int = 151643
     im_start: int = 151644
@@ -227,6 +227,8 @@ class ModelConfig(Section):
     vision_encoder: VisionEncoder
     backbone: BackboneConfig
     token_ids: TokenIds = TokenIds()
+    chat_template: Literal["chatml", "ming"] = "chatml"
+    """How conversations are written: as Qwen's models read them, or Ming-Lite-Omni, see ``data/chat.py``."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

@@ -143,7 +143,7 @@ def carried(name: str) -> bool:
 
 
 def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None = None) -> ModelConfig:
-    """Read ``config.json``. ``added_tokens`` are the tokenizer's special tokens, of which it knows only some.
+    """Read ``config.json``, which knows all special tokens that we need.
 
     Raises:
         CheckpointError: a value is missing, or describes a model that is not Ming-Lite-Omni as published.
@@ -168,7 +168,8 @@ def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None 
                 projector=ProjectorConfig(in_size=vision["out_hidden_size"]),
             ),
             backbone=_backbone_config(text),
-            token_ids=_token_ids(text, added_tokens or {}),
+            token_ids=_token_ids(text),
+            chat_template="ming",
         )
     )
 
@@ -202,13 +203,13 @@ def _backbone_config(text: dict[str, Any]) -> BackboneConfig:
     )
 
 
-def _token_ids(text: dict[str, Any], added_tokens: dict[str, int]) -> TokenIds:
+def _token_ids(text: dict[str, Any]) -> TokenIds:
     """The marks of an image are the two tokens behind that of its patches, as the published code has it."""
     patch, end = text["image_patch_token"], text["eos_token_id"]
     return TokenIds(
         pad=text.get("pad_token_id", end),
-        im_start=added_tokens.get("<|im_start|>", end),
-        im_end=added_tokens.get("<|im_end|>", end),
+        im_start=end,
+        im_end=end,
         vision_start=text.get("image_start_token", patch + 1),
         vision_end=patch + 2,
         image_pad=patch,

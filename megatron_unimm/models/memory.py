@@ -517,6 +517,9 @@ def _experts(layer: LayerShape, moe: MoEConfig, spread: Spread, between: float, 
     tokens = sent * parallel.expert_tensor
     width = moe.expert_mlp_size / parallel.expert_tensor
     router = between * moe.num_experts * ROUTER_BYTES + sent * ROUTED_BYTES
+    if moe.gates:
+        # Their weights, one under the other for one product.
+        router += (1 + len(moe.gates)) * moe.num_experts * layer.hidden * item
     inside = tokens * width * item * (2 if spread.fused else 5)
     product = tokens * width * item * trains
     return {
@@ -577,7 +580,8 @@ def tower_kept(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
     """A tower that trains, on P patches (which are not counted, see ``inputs`` of a footprint): its layers and mergers.
 
     A merger keeps its norm's input (a deepstack level's is that of a layer) and output, P H each, and the hidden layer
-    of its MLP before and after the activation, P H / tensor each.
+    of its MLP before and after the activation, P H / tensor each. A projector keeps its input, its hidden layer
+    likewise, and its output before it is normalised.
     """
     layer, item = LayerShape.of_tower(model), spread.itemsize
     layers = tower_layer_kept(layer, spread, patches).times(model.num_layers)
@@ -590,7 +594,11 @@ def tower_kept(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
     norm = _norm(patches, width, layer.rms_norm, plain, trains=True)
     tapped = levels if spread.recompute.granularity == "none" else 0  # there already, as a layer's input
     merger = norm + normed + hidden
-    return layers + Kept((1 + levels) * merger - tapped * normed)
+    projector = 0.0
+    if isinstance(model, Qwen25VisionConfig) and model.projector is not None:
+        widths = model.projector.in_size + 2 * model.out_size / tensor + model.projector.normalize * model.out_size
+        projector = patches / model.spatial_merge_size**2 * widths * item
+    return layers + Kept((1 + levels) * merger - tapped * normed + projector)
 
 
 def tower_pass(model: VisionEncoder | SiglipConfig, spread: Spread, patches: float) -> Kept:

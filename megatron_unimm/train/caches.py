@@ -2,12 +2,14 @@
 model."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.config.base import Section, as_now
 from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import ConditionStore
@@ -98,19 +100,20 @@ def open_caches(
     if data.feature_cache:
         _check_features(stage)
         features = FeatureStore(Path(data.feature_cache))
-        _check(features, ranks.from_first(lambda: feature_meta(stage)))
+        _check(features, ranks.from_first(lambda: feature_meta(stage)), {"": stage.model.vision_encoder})
     if data.latent_cache:
         if stage.generator is None:
             what = f"set, but stage {stage.name} draws no pictures; leave it empty"
             raise ConfigError("data.latent_cache", what)
         latents = FeatureStore(Path(data.latent_cache))
-        _check(latents, ranks.from_first(lambda: latent_meta(stage)))
+        assert stage.generator.vae is not None
+        _check(latents, ranks.from_first(lambda: latent_meta(stage)), {"": stage.generator.vae})
     if data.condition_cache:
         _check_conditions(stage)
         conditions = ConditionStore(Path(data.condition_cache))
         words, visual = ranks.from_first(lambda: condition_metas(stage, start))
-        _check(conditions.words, words)
-        _check(conditions.visual, visual)
+        for store, expected in ((conditions.words, words), (conditions.visual, visual)):
+            _check(store, expected, {"model": stage.model})
     return features, latents, conditions
 
 
@@ -139,9 +142,14 @@ def vlm_is_frozen(stage: StageConfig) -> bool:
     return is_frozen(VLM.removesuffix("."), stage.train.trainable)
 
 
-def _check(store: FeatureStore, expected: FeatureMeta) -> None:
-    for field in ("encoder", "weights", "dtype", "width"):
-        ours, theirs = vars(expected)[field], vars(store.meta)[field]
+def _check(store: FeatureStore, expected: FeatureMeta, sections: Mapping[str, Section]) -> None:
+    """Args:
+    sections: whose description the encoder's is, or parts of it by name.
+    """
+    described = {name: as_now(store.meta.encoder.get(name, {}), section) for name, section in sections.items() if name}
+    described = {**store.meta.encoder, **described} if described else as_now(store.meta.encoder, sections[""])
+    for field, theirs in (vars(store.meta) | {"encoder": described}).items():
+        ours = vars(expected)[field]
         if ours != theirs:
             in_words = field in ("dtype", "width")
             what = f"{field} differs: " + (f"{theirs} there, {ours} here" if in_words else "of another model")

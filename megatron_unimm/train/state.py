@@ -18,7 +18,7 @@ from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.config.base import Section
+from megatron_unimm.config.base import Section, as_now
 from megatron_unimm.config.load import dump
 from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
@@ -181,7 +181,7 @@ def _check(directory: Path, section: str, model: Section, unread: Sequence[str] 
     """As :func:`check_architecture`, for a section of the recipe; fields in ``unread`` may differ."""
     meta = read_meta(directory)
     if "architecture" in meta:
-        theirs = flatten(meta["architecture"])
+        theirs = flatten(as_now(meta["architecture"], model))
         ours = flatten(model.model_dump(mode="json"))
         for field, value in ours.items():
             if field not in unread and theirs.get(field) != value:

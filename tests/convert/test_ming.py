@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from layout_worker import sample_fields, stage_of
 from ming_reference import Ming, Mixture
 from safetensors.torch import load_file, save_file
 from test_families import GRIDS, IMAGE, TOLERANCE, assert_same_folder, make_sample, start_workers
 from torch import Tensor
 
+from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.convert import export_checkpoint, import_checkpoint, verify
-from megatron_unimm.convert.ming import carried, to_hf_config, to_model_config
+from megatron_unimm.convert.ming import MING_LITE_OMNI, carried, to_hf_config, to_model_config
 from megatron_unimm.data.packing import build_row
 from megatron_unimm.data.sample import TokenizedSample
 from megatron_unimm.errors import CheckpointError
@@ -351,3 +353,47 @@ def test_what_is_not_built_is_refused(section: str | None, field: str, value: ob
     (config if section is None else config[section])[field] = value
     with pytest.raises(CheckpointError, match=message):
         to_model_config(config)
+
+
+PUBLISHED = {
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "image_patch_token": 126346,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 32768,
+    "eos_token_id": 126081,
+    "pad_token_id": 126081,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "vocab_size": 126464,
+}
+"""Of ``llm_config`` in the config.json of 1.0; the other values are as above."""
+PUBLISHED_VISION = {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_size": 1280} | {
+    "intermediate_size": 3456,
+    "num_heads": 16,
+    "out_hidden_size": 8192,
+}
+
+
+def test_the_model_file(repo: Path) -> None:
+    """configs/models/ming_lite_omni.yaml is the published model: its config, and every tensor of the reference."""
+    config = hf_config("released")
+    config |= {"llm_config": LLM | PUBLISHED, "vision_config": VISION | PUBLISHED_VISION}
+    text = (repo / "configs/models/ming_lite_omni.yaml").read_text()
+    model = ModelConfig.model_validate(yaml.safe_load(text)["model"])
+    assert to_model_config(config) == model
+    mappings = MING_LITE_OMNI.mappings(model, "hub")
+    ours = {name: shape for m in mappings for name, shape in zip(m.names, m.shapes, strict=True)}
+    with torch.device("meta"):
+        reference = Ming(config)
+    theirs = {name: tuple(each.shape) for name, each in reference.named_parameters() if not carried(name)}
+    assert ours == theirs
+    assert sum(torch.Size(shape).numel() for shape in ours.values()) / 1e9 == pytest.approx(BILLIONS, abs=5e-4)
+
+
+BILLIONS = 17.535
