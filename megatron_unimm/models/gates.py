@@ -12,8 +12,6 @@ Every gate reads every token, and one of its logits is taken. So each gate has a
 token was its own, as overlapped reduction of gradients wants; the price is one thin product.
 """
 
-from typing import cast
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -56,7 +54,7 @@ class ModalityRouter(TopKRouter):
             padding_mask: bool ``[t, gates]``: of which modality a token is; text where it is of none.
         """
         assert padding_mask is not None, "PackedContext.modality says what tokens are"
-        weights = [self.weight, *(cast(Tensor, getattr(self, name)) for name in self.names)]
+        weights = [self.weight, *(self.get_parameter(name) for name in self.names)]
         logits = router_gating_linear(input, torch.cat(weights), None, torch.float32)  # [t, 1, (1 + gates) E]
         text, *others = logits.chunk(len(weights), dim=-1)  # [t, 1, E] each
         chosen = text

@@ -2,14 +2,14 @@
 model."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.config.base import Section, as_now
+from megatron_unimm.config.base import as_now
 from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import ConditionStore
@@ -100,20 +100,22 @@ def open_caches(
     if data.feature_cache:
         _check_features(stage)
         features = FeatureStore(Path(data.feature_cache))
-        _check(features, ranks.from_first(lambda: feature_meta(stage)), {"": stage.model.vision_encoder})
+        encoder = as_now(features.meta.encoder, stage.model.vision_encoder)
+        _check(features, encoder, ranks.from_first(lambda: feature_meta(stage)))
     if data.latent_cache:
         if stage.generator is None:
             what = f"set, but stage {stage.name} draws no pictures; leave it empty"
             raise ConfigError("data.latent_cache", what)
         latents = FeatureStore(Path(data.latent_cache))
-        assert stage.generator.vae is not None
-        _check(latents, ranks.from_first(lambda: latent_meta(stage)), {"": stage.generator.vae})
+        _check(latents, latents.meta.encoder, ranks.from_first(lambda: latent_meta(stage)))
     if data.condition_cache:
         _check_conditions(stage)
         conditions = ConditionStore(Path(data.condition_cache))
         words, visual = ranks.from_first(lambda: condition_metas(stage, start))
         for store, expected in ((conditions.words, words), (conditions.visual, visual)):
-            _check(store, expected, {"model": stage.model})
+            encoder = store.meta.encoder
+            model = as_now(encoder.get("model", {}), stage.model)
+            _check(store, {**encoder, "model": model}, expected)
     return features, latents, conditions
 
 
@@ -142,13 +144,11 @@ def vlm_is_frozen(stage: StageConfig) -> bool:
     return is_frozen(VLM.removesuffix("."), stage.train.trainable)
 
 
-def _check(store: FeatureStore, expected: FeatureMeta, sections: Mapping[str, Section]) -> None:
+def _check(store: FeatureStore, encoder: dict[str, Any], expected: FeatureMeta) -> None:
     """Args:
-    sections: whose description the encoder's is, or parts of it by name.
+    encoder: the store's, as a configuration of today says it.
     """
-    described = {name: as_now(store.meta.encoder.get(name, {}), section) for name, section in sections.items() if name}
-    described = {**store.meta.encoder, **described} if described else as_now(store.meta.encoder, sections[""])
-    for field, theirs in (vars(store.meta) | {"encoder": described}).items():
+    for field, theirs in (vars(store.meta) | {"encoder": encoder}).items():
         ours = vars(expected)[field]
         if ours != theirs:
             in_words = field in ("dtype", "width")

@@ -5,6 +5,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from megatron_unimm.convert.ming import MING_LITE_OMNI, carried, to_hf_config, t
 from megatron_unimm.data.packing import build_row
 from megatron_unimm.data.sample import TokenizedSample
 from megatron_unimm.errors import CheckpointError
+from megatron_unimm.generate.cache import SequenceCache
 from megatron_unimm.generate.checkpoint import no_training
-from megatron_unimm.models.gates import ModalityRouter
+from megatron_unimm.generate.staged import StagedModel, Step, decoding_mode
+from megatron_unimm.models.gates import ModalityRouter, modality_mask
+from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup
 from megatron_unimm.train.state import load_weights
@@ -296,6 +300,36 @@ def test_a_gate_for_audio(results: Path) -> None:
         wanted = torch.zeros_like(scores).scatter(1, which, best / best.sum(dim=1, keepdim=True))
         assert torch.equal(routing, wanted > 0)
         torch.testing.assert_close(probabilities, wanted)
+
+
+def test_visual_tokens_and_queries_are_an_images() -> None:
+    """What stands between the marks of an image, read or drawn; the marks are text, as in the published code."""
+    ids = torch.tensor([5, IMAGE + 1, IMAGE, IMAGE, IMAGE + 2, 7])
+    mask = modality_mask(ids, to_model_config(hf_config("released")))
+    assert mask is not None
+    assert mask.int().tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_gives_the_same(variant: str, results: Path) -> None:
+    """Two prompts' worth of tokens, then one by one, through the cache: logits, positions and gates go on."""
+    fields = sample_fields(results / variant / "sample.npz")
+    visual, expected = fields["visual_index"], np.load(results / variant / "one.npy")
+    steps = list(pairwise([0, 20, 40, *range(41, len(expected) + 1)]))
+    with on_one_rank(results, variant) as (chunk, _), decoding_mode([chunk]):
+        cpu = torch.device("cpu")
+        encoder = chunk.stage.model.vision_encoder
+        features = chunk.see(VisionInput.build(fields["patches"], fields["grids"], encoder, cpu, torch.float32))
+        staged = StagedModel([chunk], chunk.stage.model, chunk.groups, cpu, torch.float32)
+        cache = SequenceCache(1, len(expected), cpu)
+        for start, stop in steps:
+            inside = (visual >= start) & (visual < stop)
+            positions = fields["position_ids"][:, start:stop]
+            step = Step([stop - start], fields["input_ids"][start:stop], positions, visual[inside] - start)
+            hidden = staged.run(step, features[torch.from_numpy(inside)] if inside.any() else None, cache)
+            assert hidden is not None
+            found = staged.logits(hidden)[0].numpy()
+            np.testing.assert_allclose(found, expected[stop - 1], rtol=0, atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------- conversion
