@@ -76,6 +76,14 @@ def test_autoencoder_gives_back_held_out_scenes(vae: AutoencoderKL) -> None:
     assert 10 * np.log10(255**2 / error) >= 30
     accepted = [is_correct(prompt, picture) for prompt, picture in zip(prompts, rebuilt[:32], strict=True)]
     assert np.mean(accepted) >= 0.95
+
+
+@torch.no_grad()
+def test_latents_are_scaled_to_those_of_the_training_split(vae: AutoencoderKL) -> None:
+    """Held-out scenes have more objects, which latents differ by."""
+    rng = np.random.default_rng(6)
+    scenes = [prompt_scene(sample_prompt(rng), rng) for _ in range(64)] + [free_scene(rng, "train") for _ in range(64)]
+    latents = vae.encode(to_pixels(scenes)).latent_dist.mode()
     normal = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     assert abs(float(normal.mean())) < 0.1
     assert abs(float(normal.std()) - 1) < 0.1

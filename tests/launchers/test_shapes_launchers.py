@@ -100,7 +100,7 @@ def test_mmcore_in_the_shapes_world(repo: Path, fakes: Path) -> None:
     ]
     assert calls[3:7] == [
         f"train configs/mmcore/shapes.yaml --run-dir {run} --stage {stage} train.steps={steps} {own}"
-        for stage, steps in (("vlm", 500), ("diffusion", 375), ("diffusion_sft", 75), ("policy", 3))
+        for stage, steps in (("vlm", 500), ("diffusion", 750), ("diffusion_sft", 150), ("policy", 3))
     ]
     suites = ("shapes", "shapes_qa", "shapes_sessions")
     scored = [f"evaluate --model {run} --suite {each} --data data/eval --to {run}/{each}.json" for each in suites]
