@@ -23,6 +23,11 @@ from megatron_unimm.plan.pipeline import places
 ALL_TRAIN = "train.trainable=[{pattern: '*'}]"
 ROWS = ("data.sequence_length=512", "data.understanding_size={min_side: 64, max_side: 64}")
 
+DRAWING_MIX = tuple(
+    f"data.sources.{kind}.weight={weight}" for kind, weight in (("text_to_image", 6), ("editing", 3), ("interleaved", 1))
+)
+"""What rows are typical of, whatever the recipe reads."""
+
 
 def orion(repo: Path, *overrides: str) -> StageConfig:
     """A small ORION stage on torch layers, all of which trains."""
@@ -45,7 +50,7 @@ def mmcore(repo: Path, *overrides: str) -> StageConfig:
 def diffusion(repo: Path, *overrides: str) -> StageConfig:
     """A small stage of MMCORE's diffusion transformer."""
     rows = "stages.diffusion.data.sequence_length=512"
-    settings = [*SMALL_DIFFUSION, *ROWS[1:], rows, "system.layers=torch", *overrides]
+    settings = [*SMALL_DIFFUSION, *ROWS[1:], *DRAWING_MIX, rows, "system.layers=torch", *overrides]
     return load_recipe(repo / "configs/mmcore/shapes.yaml", settings).stages["diffusion"]
 
 
