@@ -24,7 +24,8 @@ ALL_TRAIN = "train.trainable=[{pattern: '*'}]"
 ROWS = ("data.sequence_length=512", "data.understanding_size={min_side: 64, max_side: 64}")
 
 DRAWING_MIX = tuple(
-    f"data.sources.{kind}.weight={weight}" for kind, weight in (("text_to_image", 6), ("editing", 3), ("interleaved", 1))
+    f"data.sources.{kind}.weight={weight}"
+    for kind, weight in (("text_to_image", 6), ("editing", 3), ("interleaved", 1))
 )
 """What rows are typical of, whatever the recipe reads."""
 
