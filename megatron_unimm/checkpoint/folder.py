@@ -23,6 +23,9 @@ HF_FOLDER = "hf"
 LANGUAGE_MODEL = "language_model"
 """Folder in it with those of the language model, where the checkpoint is of an image generator that has one beside
 it."""
+CARRIED = "carried."
+"""Before the names of tensors that an imported checkpoint keeps for the way back only (a text tower beside the vision
+tower we build)."""
 AVERAGE_PREFIX = "optimizer.average."
 """Before the names of tensors that are running averages of the weights."""
 

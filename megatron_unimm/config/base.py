@@ -1,6 +1,8 @@
 """The base class of every config section."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Section(BaseModel):
@@ -13,3 +15,12 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+
+def as_now(written: dict[str, Any], section: Section) -> dict[str, Any]:
+    """What a file says of a section of this kind, with the defaults of fields that were added since it was written; as
+    it stands where it is of another kind."""
+    try:
+        return type(section).model_validate(written).model_dump(mode="json")
+    except ValidationError:
+        return written

@@ -25,6 +25,20 @@ class MoEConfig(Section):
     """Weight of the router z-loss."""
     layer_frequency: int = Field(default=1, gt=0)
     """One MoE layer every this many layers (1: all)."""
+    first_layer: int = Field(default=0, ge=0)
+    """Layers before this one are dense."""
+    gates: list[Literal["image", "audio"]] = Field(default_factory=list)
+    """Modalities whose tokens have a router of their own in every MoE layer, beside that of text (Ming-Lite-Omni)."""
+
+    def in_layer(self, number: int) -> bool:
+        """Whether a decoder layer, 0 first, has experts."""
+        return number >= self.first_layer and number % self.layer_frequency == 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoEConfig":
+        if len(set(self.gates)) < len(self.gates):
+            raise ValueError(f"gates {self.gates} name a modality twice")
+        return self
 
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -49,7 +63,7 @@ class VisionEncoderConfig(Section):
     """Of red, green and blue in [0, 1]; taken off before patches are cut."""
     image_std: list[float] = Field(default=CLIP_STD, min_length=3, max_length=3)
     out_size: int = Field(gt=0)
-    """Width of a visual token after the merger: the backbone's hidden size."""
+    """Width of a visual token as the tower gives it: the backbone's hidden size."""
     norm_epsilon: float = 1e-6
 
     @property
@@ -63,6 +77,15 @@ class VisionEncoderConfig(Section):
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
+class ProjectorConfig(Section):
+    """Between a tower's merger and the backbone: Linear, GELU, Linear (Ming-Lite-Omni's ``linear_proj``)."""
+
+    in_size: int = Field(gt=0)
+    """Width of the merger's output."""
+    normalize: bool = True
+    """Scale each visual token to length 1."""
+
+
 class Qwen25VisionConfig(VisionEncoderConfig):
     """Qwen2.5-VL's tower: RMSNorm, gated MLP, windowed and full attention (arXiv 2502.13923, section 2.1.1)."""
 
@@ -71,7 +94,14 @@ class Qwen25VisionConfig(VisionEncoderConfig):
     """Side of an attention window in pixels."""
     full_attention_layers: list[int] = Field(default_factory=list)
     """Zero-based layers with attention over the whole image; the others attend inside windows."""
+    projector: ProjectorConfig | None = None
+    """What follows the merger; None for nothing, as in Qwen2.5-VL."""
     deepstack_layers: ClassVar[list[int]] = []
+
+    @property
+    def merged_size(self) -> int:
+        """Width of the merger's output."""
+        return self.out_size if self.projector is None else self.projector.in_size
 
 
 class Qwen3VisionConfig(VisionEncoderConfig):
@@ -137,7 +167,7 @@ class SiglipConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The decoder of the Qwen VLMs: RMSNorm, GQA, SwiGLU (dense or MoE), multimodal rotary."""
+    """The decoder of the Qwen VLMs and of Ming-Lite-Omni: RMSNorm, GQA, SwiGLU (dense or MoE), multimodal rotary."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -149,6 +179,8 @@ class BackboneConfig(Section):
     """Rows of the embedding table, as published (padding included)."""
     max_position: int = Field(default=32768, gt=0)
     tie_embeddings: bool = False
+    normalize_output: bool = False
+    """Read logits off the output layer's weight with each of its columns at length 1 (BailingMoE's ``norm_head``)."""
     qkv_bias: bool = True
     qk_norm: bool = False
     rope_theta: float = 1e6
@@ -156,11 +188,18 @@ class BackboneConfig(Section):
     """Frequencies for time, height and width; their sum is head_size / 2."""
     mrope_interleaved: bool = False
     """False: chunked sections (Qwen2.5-VL). True: interleaved (Qwen3-VL)."""
+    positions: Literal["multimodal", "sequential"] = "multimodal"
+    """``sequential``: visual tokens count on as text does, on all three axes (Ming-Lite-Omni as released)."""
     norm_epsilon: float = 1e-6
     moe: MoEConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "BackboneConfig":
+        if self.moe is not None and self.moe.first_layer >= self.num_layers:
+            raise ValueError(
+                f"moe.first_layer is {self.moe.first_layer}, but num_layers is {self.num_layers}; no layer would have "
+                "experts, set moe to null or lower it"
+            )
         if sum(self.mrope_sections) * 2 != self.head_size:
             raise ValueError(
                 f"mrope_sections {self.mrope_sections} sum to {sum(self.mrope_sections)}, but head_size "
@@ -172,7 +211,7 @@ class BackboneConfig(Section):
 
 
 class TokenIds(Section):
-    """Special tokens of the tokenizer (defaults: Qwen2.5-VL)."""
+    """Special tokens of the tokenizer (defaults: Qwen2.5-VL). Their texts go by ``model.chat_template``."""
 
     pad: int = 151643
     im_start: int = 151644
@@ -188,6 +227,8 @@ class ModelConfig(Section):
     vision_encoder: VisionEncoder
     backbone: BackboneConfig
     token_ids: TokenIds = TokenIds()
+    chat_template: Literal["chatml", "ming"] = "chatml"
+    """How conversations are written: as Qwen's models read them, or Ming-Lite-Omni, see ``data/chat.py``."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER, LANGUAGE_MODEL, hf_files_in
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, CARRIED, HF_FOLDER, LANGUAGE_MODEL, hf_files_in
 from megatron_unimm.checkpoint.manifest import (
     Manifest,
     check_files,
@@ -33,7 +33,7 @@ from megatron_unimm.convert.parts import PARTS, check_parts, part_config, readme
 from megatron_unimm.convert.pipeline import CONFIG, PIPELINE, config_files, without_text_encoders
 from megatron_unimm.convert.progress import progress
 from megatron_unimm.convert.reader import DTYPES, INDEX_SUFFIX, WEIGHTS
-from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
+from megatron_unimm.convert.table import Box, Family, Mapping, same
 from megatron_unimm.convert.transforms import Shape
 from megatron_unimm.errors import CheckpointError
 
@@ -273,8 +273,8 @@ def write_safetensors(path: Path, outputs: Sequence[Output], weights: "_LastPart
     with path.open("wb") as stream:
         stream.write(_header(ordered))
         for output in ordered:
-            for box in output.mapping.boxes():
-                part = weights.inverse(box)[output.number]
+            for box, number in output.mapping.boxes_of(output.number):
+                part = weights.inverse(box)[number]
                 stream.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             yield output.nbytes
         sync_file(stream)

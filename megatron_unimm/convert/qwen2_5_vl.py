@@ -7,6 +7,7 @@ from typing import Any
 from megatron_unimm.config.model import BackboneConfig, ModelConfig, Qwen25VisionConfig
 from megatron_unimm.convert.qwen_vl import (
     backbone_rows,
+    parts_of_others,
     reading_config,
     refuse_parts,
     refuse_unknown,
@@ -16,7 +17,7 @@ from megatron_unimm.convert.qwen_vl import (
     token_ids,
 )
 from megatron_unimm.convert.table import Family, Row, Source, TiedTo
-from megatron_unimm.convert.transforms import ConvToLinear, Copy, FusedQkv, GateUp
+from megatron_unimm.convert.transforms import ConvToLinear, Copy, FusedQkv, GateUp, QkvInterleave
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 NORM_EPSILON = 1e-6
@@ -39,23 +40,27 @@ def rows(model: ModelConfig, layout: str = "hub") -> list[Row]:
         "no qkv_bias": not b.qkv_bias,
         "interleaved mrope": b.mrope_interleaved,
         "head_size other than hidden_size / num_heads": b.head_size * b.num_heads != b.hidden_size,
+        **parts_of_others(b),
         "another vision tower": not isinstance(model.vision_encoder, Qwen25VisionConfig),
+        "a projector": isinstance(model.vision_encoder, Qwen25VisionConfig)
+        and model.vision_encoder.projector is not None,
     }
     refuse_parts(model, ARCHITECTURE, parts)
     assert isinstance(model.vision_encoder, Qwen25VisionConfig)
-    return [*_vision_rows(model.vision_encoder), *backbone_rows(b, "model")]
+    return [*vision_rows(model.vision_encoder, "visual"), *backbone_rows(b, "model")]
 
 
-def _vision_rows(v: Qwen25VisionConfig) -> list[Row]:
+def vision_rows(v: Qwen25VisionConfig, theirs: str) -> list[Row]:
+    """The tower's table; ``theirs`` is the prefix of its tensors."""
     h, m, merged = v.hidden_size, v.mlp_size, v.hidden_size * v.spatial_merge_size**2
     kernel = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    block, merger = "visual.blocks.{layer}", "vision_encoder.merger"
+    block, merger = f"{theirs}.blocks.{{layer}}", "vision_encoder.merger"
     row = rows_of("vision_encoder.blocks.layers.{layer}", v.num_layers)
-    qkv = FusedQkv(v.num_heads)
+    qkv = FusedQkv(QkvInterleave(v.num_heads, v.num_heads, h // v.num_heads))
     gate_up = (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
-    return [
+    table = [
         Row(
-            (Source("visual.patch_embed.proj.weight", (h, *kernel)),),
+            (Source(f"{theirs}.patch_embed.proj.weight", (h, *kernel)),),
             "vision_encoder.patch_embed.weight",
             ConvToLinear(kernel),
         ),
@@ -69,11 +74,18 @@ def _vision_rows(v: Qwen25VisionConfig) -> list[Row]:
         row("mlp.linear_fc1.bias", GateUp(), *((f"{name}.bias", (m,)) for name in gate_up)),
         row("mlp.linear_fc2.weight", Copy(), (f"{block}.mlp.down_proj.weight", (h, m))),
         row("mlp.linear_fc2.bias", Copy(), (f"{block}.mlp.down_proj.bias", (h,))),
-        Row((Source("visual.merger.ln_q.weight", (h,)),), f"{merger}.norm.weight", Copy()),
-        Row((Source("visual.merger.mlp.0.weight", (merged, merged)),), f"{merger}.linear_fc1.weight", Copy()),
-        Row((Source("visual.merger.mlp.0.bias", (merged,)),), f"{merger}.linear_fc1.bias", Copy()),
-        Row((Source("visual.merger.mlp.2.weight", (v.out_size, merged)),), f"{merger}.linear_fc2.weight", Copy()),
-        Row((Source("visual.merger.mlp.2.bias", (v.out_size,)),), f"{merger}.linear_fc2.bias", Copy()),
+        Row((Source(f"{theirs}.merger.ln_q.weight", (h,)),), f"{merger}.norm.weight", Copy()),
+    ]
+    return table + two_linears(f"{theirs}.merger.mlp", merger, (merged, merged, v.merged_size))
+
+
+def two_linears(theirs: str, ours: str, sizes: tuple[int, int, int]) -> list[Row]:
+    """A sequence of linear, activation and linear, from ``sizes[0]`` over ``sizes[1]`` to ``sizes[2]``."""
+    shapes = {"0": ("linear_fc1", sizes[1], sizes[0]), "2": ("linear_fc2", sizes[2], sizes[1])}
+    return [
+        Row((Source(f"{theirs}.{number}.{kind}", shape),), f"{ours}.{name}.{kind}", Copy())
+        for number, (name, rows, columns) in shapes.items()
+        for kind, shape in (("weight", (rows, columns)), ("bias", (rows,)))
     ]
 
 
@@ -106,14 +118,15 @@ def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None 
     refuse_unknown(config, text, activations)
     return reading_config(
         lambda: ModelConfig(
-            vision_encoder=_vision_config(vision),
+            vision_encoder=vision_config(vision),
             backbone=_backbone_config(config, text),
             token_ids=token_ids(config, added_tokens or {}),
         )
     )
 
 
-def _vision_config(vision: dict[str, Any]) -> Qwen25VisionConfig:
+def vision_config(vision: dict[str, Any], **projected: Any) -> Qwen25VisionConfig:
+    """The section ``vision_config``; ``projected``: fields about what follows the merger."""
     return Qwen25VisionConfig(
         family="qwen2_5",
         num_layers=vision["depth"],
@@ -128,8 +141,8 @@ def _vision_config(vision: dict[str, Any]) -> Qwen25VisionConfig:
         in_channels=vision.get(
             "in_channels", vision.get("in_chans", 3)
         ),  # The hub says in_chans, transformers in_channels.
-        out_size=vision["out_hidden_size"],
         norm_epsilon=NORM_EPSILON,
+        **{"out_size": vision["out_hidden_size"], **projected},
     )
 
 
@@ -179,24 +192,29 @@ def to_hf_config(model: ModelConfig) -> dict[str, Any]:
         "vision_end_token_id": ids.vision_end,
         "image_token_id": ids.image_pad,
         "video_token_id": ids.image_pad + 1,
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": v.num_layers,
-            "hidden_act": "silu",
-            "hidden_size": v.hidden_size,
-            "intermediate_size": v.mlp_size,
-            "num_heads": v.num_heads,
-            "in_chans": v.in_channels,
-            "in_channels": v.in_channels,
-            "out_hidden_size": v.out_size,
-            "patch_size": v.patch_size,
-            "spatial_merge_size": v.spatial_merge_size,
-            "spatial_patch_size": v.patch_size,
-            "window_size": v.window_size,
-            "fullatt_block_indexes": v.full_attention_layers,
-            "tokens_per_second": 2,
-            "temporal_patch_size": v.temporal_patch_size,
-        },
+        "vision_config": to_hf_vision_config(v, "qwen2_5_vl"),
+    }
+
+
+def to_hf_vision_config(v: Qwen25VisionConfig, model_type: str) -> dict[str, Any]:
+    """The section ``vision_config``."""
+    return {
+        "model_type": model_type,
+        "depth": v.num_layers,
+        "hidden_act": "silu",
+        "hidden_size": v.hidden_size,
+        "intermediate_size": v.mlp_size,
+        "num_heads": v.num_heads,
+        "in_chans": v.in_channels,
+        "in_channels": v.in_channels,
+        "out_hidden_size": v.merged_size,
+        "patch_size": v.patch_size,
+        "spatial_merge_size": v.spatial_merge_size,
+        "spatial_patch_size": v.patch_size,
+        "window_size": v.window_size,
+        "fullatt_block_indexes": v.full_attention_layers,
+        "tokens_per_second": 2,
+        "temporal_patch_size": v.temporal_patch_size,
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_unimm.config.model import BackboneConfig, ModelConfig, MoEConfig, Qwen3VisionConfig
 from megatron_unimm.convert.qwen_vl import (
     backbone_rows,
+    parts_of_others,
     reading_config,
     refuse_parts,
     refuse_unknown,
@@ -20,7 +21,7 @@ from megatron_unimm.convert.qwen_vl import (
     token_ids,
 )
 from megatron_unimm.convert.table import LAYER, Family, Row, Source, TiedTo
-from megatron_unimm.convert.transforms import ConvToLinear, Copy, FusedQkv, Transpose
+from megatron_unimm.convert.transforms import ConvToLinear, Copy, FusedQkv, QkvInterleave, Transpose
 from megatron_unimm.errors import CheckpointError
 
 DENSE = "Qwen3VLForConditionalGeneration"
@@ -69,7 +70,7 @@ def _refuse(model: ModelConfig, architecture: str, parts: dict[str, bool]) -> No
         "chunked mrope": not b.mrope_interleaved,
         "another vision tower": not isinstance(model.vision_encoder, Qwen3VisionConfig),
     }
-    refuse_parts(model, architecture, common | parts)
+    refuse_parts(model, architecture, common | parts_of_others(b) | parts)
 
 
 def _expert_rows(b: BackboneConfig, moe: MoEConfig, layout: str) -> tuple[Row, ...]:
@@ -98,7 +99,7 @@ def _vision_rows(model: ModelConfig) -> list[Row]:
     kernel = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
     block, here = "model.visual.blocks.{layer}", "vision_encoder"
     row = rows_of("vision_encoder.blocks.layers.{layer}", v.num_layers)
-    qkv = FusedQkv(v.num_heads)
+    qkv = FusedQkv(QkvInterleave(v.num_heads, v.num_heads, h // v.num_heads))
     attention, mlp = "self_attention.linear", "mlp.linear"
     table = [
         Row(

@@ -1,6 +1,6 @@
-"""What the Qwen VLM families share: the decoder's table, token ids, and values that no converter should swallow."""
+"""What the families of VLMs share: the decoder's table, token ids, and values that no converter should swallow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -14,11 +14,11 @@ from megatron_unimm.errors import CheckpointError
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def rows_of(layer: str, num_layers: int) -> Callable[..., Row]:
-    """Writes rows of repeated layers: ``row(megatron, transform, (name, shape), …)`` with Megatron's name after
-    ``layer``."""
+def rows_of(layer: str, num_layers: int, first: int = 0) -> Callable[..., Row]:
+    """Writes rows of repeated layers, the first up to the last: ``row(megatron, transform, (name, shape), …)`` with
+    Megatron's name after ``layer``."""
 
-    layers = range(num_layers)
+    layers = range(first, num_layers)
 
     def row(megatron: str, transform: Transform, *sources: tuple[str, tuple[int, ...]]) -> Row:
         return Row(tuple(Source(name, shape) for name, shape in sources), f"{layer}.{megatron}", transform, layers)
@@ -117,11 +117,17 @@ def rope_of(text: dict[str, Any]) -> dict[str, Any]:
     return text.get("rope_parameters") or text.get("rope_scaling") or {}
 
 
-def refuse_unknown(config: dict[str, Any], text: dict[str, Any], activations: dict[str, tuple[Any, str]]) -> None:
+def refuse_unknown(
+    config: dict[str, Any],
+    text: dict[str, Any],
+    activations: dict[str, tuple[Any, str]],
+    rope_types: Sequence[str] = ("default", "mrope"),
+) -> None:
     """Refuse what would convert to a model that computes something else.
 
     Args:
         activations: by the field's name, what it says and the one that is built.
+        rope_types: kinds of rotary positions that are built.
 
     Raises:
         CheckpointError: names the field.
@@ -134,8 +140,8 @@ def refuse_unknown(config: dict[str, Any], text: dict[str, Any], activations: di
         if said != built:
             raise CheckpointError("config.json", f"{where} is {said!r}; only {built!r} is built")
     kind = rope_of(text).get("rope_type", rope_of(text).get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise CheckpointError("config.json", f"rope type {kind!r} is not built; only 'default' with mrope_section is")
+    if kind not in rope_types:
+        raise CheckpointError("config.json", f"rope type {kind!r} is not built; {' and '.join(rope_types)} are")
 
 
 def refuse_parts(model: ModelConfig, architecture: str, reasons: dict[str, bool]) -> None:
@@ -152,3 +158,13 @@ def refuse_parts(model: ModelConfig, architecture: str, reasons: dict[str, bool]
         raise CheckpointError(
             "model", f"has {', '.join(present)}, which {architecture} has not; it cannot be converted"
         )
+
+
+def parts_of_others(b: BackboneConfig) -> dict[str, bool]:
+    """Parts that no Qwen VLM has, for :func:`refuse_parts`."""
+    return {
+        "gates of modalities": b.moe is not None and bool(b.moe.gates),
+        "dense layers before those with experts": b.moe is not None and b.moe.first_layer > 0,
+        "a normalised output layer": b.normalize_output,
+        "sequential positions": b.positions == "sequential",
+    }

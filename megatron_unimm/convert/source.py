@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_unimm.checkpoint.folder import LANGUAGE_MODEL
+from megatron_unimm.checkpoint.folder import CARRIED, LANGUAGE_MODEL
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig
@@ -18,7 +18,7 @@ from megatron_unimm.convert.families import family_of
 from megatron_unimm.convert.parts import PARTS, check_parts, part_metas
 from megatron_unimm.convert.pipeline import PIPELINE, read_model
 from megatron_unimm.convert.reader import HfFolder, read_added_tokens, read_config
-from megatron_unimm.convert.table import CARRIED, Box, Family, Mapping, same
+from megatron_unimm.convert.table import Box, Family, Mapping, same
 from megatron_unimm.convert.transforms import Shape
 
 
@@ -35,7 +35,7 @@ class Entry:
 
     def read(self, box: Box) -> Tensor:
         """A part of it, made from the files."""
-        return box.forward([self.folder.read(name, box.slice) for name in self.mapping.names])
+        return box.forward([self.folder.read(name, number) for name, number in box.sources])
 
 
 @dataclass(frozen=True)

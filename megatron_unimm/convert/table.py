@@ -10,13 +10,13 @@ from megatron_unimm.config.base import Section
 from megatron_unimm.convert.transforms import Copy, Shape, Transform
 
 LAYER = "{layer}"
-CARRIED = "carried."
-"""Prefix of tensors that a checkpoint keeps for the way back only (a text tower beside the vision tower we build)."""
+SLICE = "{slice}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face tensor: its name as on the hub, where ``{layer}`` stands for the layer's number, and its shape."""
+    """A Hugging Face tensor: its name as on the hub, where ``{layer}`` stands for the layer's number and ``{slice}``
+    for the expert's, and its shape."""
 
     pattern: str
     shape: Shape
@@ -26,8 +26,9 @@ class Source:
 class Row:
     """One line of the table, repeated for each of ``layers`` where its names have ``{layer}``.
 
-    With ``num_slices`` (experts), tensors of both sides have a leading axis of that length, and the transform works on
-    one slice at a time, so that no more than one is in memory.
+    With ``num_slices`` (experts), the Megatron tensor has a leading axis of that length, and the transform works on one
+    slice at a time, so that no more than one is in memory. The sources have that axis, too, or are tensors of one slice
+    each, and their names have ``{slice}``.
     """
 
     sources: tuple[Source, ...]
@@ -42,7 +43,15 @@ class Row:
     def __post_init__(self) -> None:
         names = [self.megatron, *(source.pattern for source in self.sources)]
         assert all((LAYER in name) == (self.layers is not None) for name in names), names
-        assert self.num_slices is None or all(source.shape[0] == self.num_slices for source in self.sources), names
+        if self.one_each:
+            assert all(SLICE in source.pattern for source in self.sources), names
+        elif self.num_slices is not None:
+            assert all(source.shape[0] == self.num_slices for source in self.sources), names
+
+    @property
+    def one_each(self) -> bool:
+        """Whether every slice has source tensors of its own."""
+        return self.num_slices is not None and SLICE in self.sources[0].pattern
 
 
 @dataclass(frozen=True)
@@ -50,17 +59,26 @@ class Mapping:
     """A row for one layer."""
 
     names: tuple[str, ...]
+    """Where slices have sources of their own, those of the first, then those of the second, …"""
     shapes: tuple[Shape, ...]
     megatron: str
     transform: Transform
     num_slices: int | None = None
+    one_each: bool = False
+
+    @property
+    def per_slice(self) -> int:
+        """How many sources a slice has, where it has its own."""
+        assert self.num_slices is not None
+        return len(self.names) // self.num_slices
 
     @property
     def megatron_shape(self) -> Shape:
         """Shape of the Megatron tensor."""
         if self.num_slices is None:
             return self.transform.shape(self.shapes)
-        return (self.num_slices, *self.transform.shape([shape[1:] for shape in self.shapes]))
+        of_one = self.shapes[: self.per_slice] if self.one_each else [shape[1:] for shape in self.shapes]
+        return (self.num_slices, *self.transform.shape(of_one))
 
     def boxes(self) -> Iterator["Box"]:
         """The parts of the Megatron tensor that are worked on one at a time: all of it, or its slices."""
@@ -68,8 +86,19 @@ class Mapping:
         if self.num_slices is None:
             yield Box(self, None, (0,) * len(shape), shape)
             return
-        for number in range(self.num_slices):
-            yield Box(self, number, (number, *(0,) * (len(shape) - 1)), (1, *shape[1:]))
+        yield from (self._box(number) for number in range(self.num_slices))
+
+    def boxes_of(self, number: int) -> Iterator[tuple["Box", int]]:
+        """The boxes that source ``number`` consists of, in order, and which of their sources it is."""
+        if not self.one_each:
+            yield from ((box, number) for box in self.boxes())
+            return
+        which, place = divmod(number, self.per_slice)
+        yield self._box(which), place
+
+    def _box(self, number: int) -> "Box":
+        shape = self.megatron_shape
+        return Box(self, number, (number, *(0,) * (len(shape) - 1)), (1, *shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -81,13 +110,22 @@ class Box:
     offset: Shape
     shape: Shape
 
+    @property
+    def sources(self) -> list[tuple[str, int | None]]:
+        """Hugging Face tensors to read for it, and which slice of each (None: all of it)."""
+        mapping = self.mapping
+        if self.slice is None or not mapping.one_each:
+            return [(name, self.slice) for name in mapping.names]
+        first = self.slice * mapping.per_slice
+        return [(name, None) for name in mapping.names[first : first + mapping.per_slice]]
+
     def forward(self, sources: Sequence[Tensor]) -> Tensor:
-        """The part, from the Hugging Face tensors, or the slice of each."""
+        """The part, from what :attr:`sources` names."""
         part = self.mapping.transform.forward(*sources)
         return part if self.slice is None else part[None]
 
     def inverse(self, part: Tensor) -> tuple[Tensor, ...]:
-        """Of each Hugging Face tensor, the slice or the whole."""
+        """What :attr:`sources` names."""
         return self.mapping.transform.inverse(part if self.slice is None else part[0])
 
 
@@ -160,10 +198,13 @@ def expand(rows: Sequence[Row]) -> list[Mapping]:
 
 
 def _fill_in(row: Row, layer: int) -> Mapping:
+    slices = range(row.num_slices) if row.one_each and row.num_slices is not None else range(1)
+    sources = [(each.pattern.replace(SLICE, str(number)), each.shape) for number in slices for each in row.sources]
     return Mapping(
-        names=tuple(source.pattern.replace(LAYER, str(layer)) for source in row.sources),
-        shapes=tuple(source.shape for source in row.sources),
+        names=tuple(pattern.replace(LAYER, str(layer)) for pattern, _ in sources),
+        shapes=tuple(shape for _, shape in sources),
         megatron=row.megatron.replace(LAYER, str(row.first_layer + layer)),
         transform=row.transform,
         num_slices=row.num_slices,
+        one_each=row.one_each,
     )

@@ -84,9 +84,14 @@ class QkvInterleave:
 
 @dataclass(frozen=True)
 class FusedQkv:
-    """qkv stored as [3 n d, ...] (all q, all k, all v) to mcore's linear_qkv [n 3 d, ...] (q, k, v of each head)."""
+    """qkv stored as [(n + 2 g) d, ...] (all q, all k, all v) to mcore's linear_qkv [g (n/g + 2) d, ...]."""
 
-    num_heads: int
+    parts: QkvInterleave
+
+    @property
+    def _rows(self) -> list[int]:
+        parts = self.parts
+        return [heads * parts.head_size for heads in (parts.num_heads, parts.num_kv_heads, parts.num_kv_heads)]
 
     def shape(self, sources: Sequence[Shape]) -> Shape:
         (source,) = sources
@@ -94,10 +99,10 @@ class FusedQkv:
 
     def forward(self, *sources: Tensor) -> Tensor:
         (source,) = sources
-        return source.reshape(3, self.num_heads, -1, *source.shape[1:]).transpose(0, 1).reshape(source.shape)
+        return self.parts.forward(*source.split(self._rows))
 
     def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return (tensor.reshape(self.num_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape),)
+        return (torch.cat(self.parts.inverse(tensor)),)
 
 
 @dataclass(frozen=True)

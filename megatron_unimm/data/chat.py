@@ -9,11 +9,15 @@ learned. Drawn for the turn ``A<image>`` with an image of 2 visual tokens (``[``
     label    -             -          A   [  -  -  ]  <|im_end|>  -           -
     target                                   v  v
 
+Ming-Lite-Omni writes ``<role>HUMAN</role> … <role>ASSISTANT</role> … <|endoftext|>``, where only the last is a token of
+its own; an image stands as ``<image>``, one ``<imagePatch>`` per visual token, ``</image>`` and a line break. What it
+does with a system prompt its makers do not say: leave ``data.system_prompt`` empty. :data:`TEMPLATES` has both.
+
 Legend  L tokens, N images, V visual tokens, P patches.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +40,58 @@ SPECIAL_TOKENS = {
     "vision_end": "<|vision_end|>",
     "image_pad": "<|image_pad|>",
 }
-"""Text of each special token, by its field in TokenIds."""
+"""Text of each special token of ChatML, by its field in TokenIds."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation is written. Conversations know the roles system, user and assistant."""
+
+    special_tokens: Mapping[str, str]
+    """Text of each special token, by its field in TokenIds."""
+    headers: Mapping[str, str]
+    """What a turn begins with, by role."""
+    opened: bool
+    """Whether ``im_start`` comes before that."""
+    closed: frozenset[str]
+    """Roles whose turns end with ``im_end``."""
+    after_turn: str
+    """Text between turns."""
+    after_image: str
+    """Text behind an image that is read."""
+
+
+ROLES = ("system", "user", "assistant")
+TEMPLATES = {
+    "chatml": ChatTemplate(
+        special_tokens=SPECIAL_TOKENS,
+        headers={role: f"{role}\n" for role in ROLES},
+        opened=True,
+        closed=frozenset(ROLES),
+        after_turn="\n",
+        after_image="",
+    ),
+    "ming": ChatTemplate(
+        special_tokens={
+            "pad": "<|endoftext|>",
+            "im_start": "<|endoftext|>",  # there is none
+            "im_end": "<|endoftext|>",
+            "vision_start": "<image>",
+            "vision_end": "</image>",
+            "image_pad": "<imagePatch>",
+        },
+        headers={
+            "system": "<role>SYSTEM</role>",
+            "user": "<role>HUMAN</role>",
+            "assistant": "<role>ASSISTANT</role>",
+        },
+        opened=False,
+        closed=frozenset(["assistant"]),
+        after_turn="",
+        after_image="\n",
+    ),
+}
+"""By ``model.chat_template``."""
 
 
 class ChatTokenizer:
@@ -63,6 +118,7 @@ class ChatTokenizer:
                 "data.tokenizer", f"{folder} has no tokenizer.json; save the fast version of the tokenizer there"
             )
         self.token_ids = model.token_ids
+        self.template = TEMPLATES[model.chat_template]
         # Used without transformers' wrapper, which changes the tokenizer's settings at each call, for all threads.
         self._backend: Tokenizer = copy.deepcopy(loaded.backend_tokenizer)
         self._backend.encode_special_tokens = True
@@ -80,7 +136,7 @@ class ChatTokenizer:
 
     def _check(self, folder: str, model: ModelConfig) -> None:
         for field, expected in model.token_ids.model_dump().items():
-            text = SPECIAL_TOKENS[field]
+            text = self.template.special_tokens[field]
             where, found = f"model.token_ids.{field}", self._backend.token_to_id(text)
             if found != expected:
                 raise ConfigError(
@@ -180,7 +236,20 @@ def with_system_prompt(turns: Sequence[Turn], system_prompt: str) -> Sequence[Tu
 
 
 def header_tokens(role: str, chat: ChatFormat) -> list[int]:
-    return [chat.tokenizer.token_ids.im_start, *chat.tokenizer.encode(f"{role}\n")]
+    """What an answer follows."""
+    return [*opening_tokens(chat), *chat.tokenizer.encode(chat.tokenizer.template.headers[role])]
+
+
+def opening_tokens(chat: ChatFormat) -> list[int]:
+    """What stands before a turn's header."""
+    return [chat.tokenizer.token_ids.im_start] if chat.tokenizer.template.opened else []
+
+
+def closing_tokens(role: str, chat: ChatFormat) -> tuple[list[int], list[int]]:
+    """What ends a turn, which is learned of an assistant's, and what stands between it and the next."""
+    template = chat.tokenizer.template
+    end = [chat.tokenizer.token_ids.im_end] if role in template.closed else []
+    return end, chat.tokenizer.encode(template.after_turn)
 
 
 class TokenSequence:
@@ -262,30 +331,31 @@ def _layout(
     answer: bool = True,
 ) -> TokenizedSample:
     """Lays out all turns. Without ``answer``, assistant turns are history: nothing of them is learned."""
-    token_ids, encode = chat.tokenizer.token_ids, chat.tokenizer.encode
+    token_ids, encode, template = chat.tokenizer.token_ids, chat.tokenizer.encode, chat.tokenizer.template
     sequence = TokenSequence(token_ids, chat.encoder.spatial_merge_size)
     for turn in turns:
         learned = answer and turn.role == "assistant"
-        sequence.add_text([token_ids.im_start], learned=False)
-        for piece in pieces_of(turn):
+        sequence.add_text(opening_tokens(chat), learned=False)
+        for piece in pieces_of(turn, template):
             if isinstance(piece, int):
                 sequence.add_image(image_grid(sizes[piece], turn.role, chat), is_target=learned)
             else:
                 text, is_header = piece
                 sequence.add_text(encode(text), learned=learned and not is_header)
-        sequence.add_text([token_ids.im_end], learned)
-        sequence.add_text(encode("\n"), learned=False)
+        end, between = closing_tokens(turn.role, chat)
+        sequence.add_text(end, learned)
+        sequence.add_text(between, learned=False)
     return sequence.finish(sample_id, kind, chat.encoder.patch_dim)
 
 
-def pieces_of(turn: Turn) -> Iterator[tuple[str, bool] | int]:
-    """What stands between ``<|im_start|>`` and ``<|im_end|>``: (text, is header) that is tokenised in one go, or an
-    image's index.
+def pieces_of(turn: Turn, template: ChatTemplate) -> Iterator[tuple[str, bool] | int]:
+    """What stands between the marks of a turn: (text, is header) that is tokenised in one go, or an image's index.
 
-    The role line is tokenised together with the text behind it, as the template does, except for the assistant: there
-    the prompt ends with the role line when generating, so what is learned must be tokenised apart from it.
+    The header is tokenised together with the text behind it, as the template does, except for the assistant: there the
+    prompt ends with the header when generating, so what is learned must be tokenised apart from it.
     """
-    text, is_header = f"{turn.role}\n", True
+    text, is_header = template.headers[turn.role], True
+    after_image = "" if turn.role == "assistant" else template.after_image
     if turn.role == "assistant":
         yield text, True
         text, is_header = "", False
@@ -296,7 +366,7 @@ def pieces_of(turn: Turn) -> Iterator[tuple[str, bool] | int]:
         if text:
             yield text, is_header
         yield part
-        text, is_header = "", False
+        text, is_header = after_image, False
     if text:
         yield text, is_header
 

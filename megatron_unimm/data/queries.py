@@ -19,7 +19,16 @@ from megatron_unimm.config.data import DataConfig, ImageSize, SampleKind
 from megatron_unimm.config.model import VisionEncoderConfig
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.data import images
-from megatron_unimm.data.chat import ChatFormat, TokenSequence, header_tokens, image_grid, pieces_of, with_system_prompt
+from megatron_unimm.data.chat import (
+    ChatFormat,
+    TokenSequence,
+    closing_tokens,
+    header_tokens,
+    image_grid,
+    opening_tokens,
+    pieces_of,
+    with_system_prompt,
+)
 from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.features import FeatureStore
@@ -105,8 +114,8 @@ class _Writer:
         tokenizer, by_assistant = self.chat.tokenizer, turn.role == "assistant"
         is_word = turn.role != "system"
         learned = learned and by_assistant
-        self._add_words([tokenizer.token_ids.im_start], False, is_word)
-        pieces = list(pieces_of(turn))
+        self._add_words(opening_tokens(self.chat), False, is_word)
+        pieces = list(pieces_of(turn, tokenizer.template))
         for place, piece in enumerate(pieces):
             if isinstance(piece, int):
                 if by_assistant:
@@ -116,8 +125,9 @@ class _Writer:
             else:
                 text, is_header = piece
                 self._add_words(tokenizer.encode(text), learned and not is_header, is_word)
-        self._add_words([tokenizer.token_ids.im_end], learned, is_word)
-        self._add_words(tokenizer.encode("\n"), False, is_word)
+        end, between = closing_tokens(turn.role, self.chat)
+        self._add_words(end, learned, is_word)
+        self._add_words(between, False, is_word)
 
     def open_answer(self) -> None:
         self._add_words(header_tokens("assistant", self.chat), False, True)

@@ -14,7 +14,7 @@ from megatron_unimm.config.data import DataConfig, ImageSize, SampleKind
 from megatron_unimm.config.model import ModelConfig, VisionEncoderConfig
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.data import images
-from megatron_unimm.data.chat import ChatFormat, ChatTokenizer, TokenSequence, image_positions
+from megatron_unimm.data.chat import TEMPLATES, ChatFormat, ChatTokenizer, TokenSequence, image_positions
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample, DrawingWork
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import build_row, round_up
@@ -173,6 +173,7 @@ class _Wordless(ChatTokenizer):
 
     def __init__(self, model: ModelConfig) -> None:
         self.token_ids = model.token_ids
+        self.template = TEMPLATES[model.chat_template]
 
     def encode(self, text: str) -> list[int]:
         raise AssertionError(f"nothing is read here, but {text}")

@@ -73,6 +73,12 @@ class SequenceCache:
         mask = torch.arange(num_stored, device=self.device) <= last_seen[..., None]  # [B, n, S]
         self._growth = _Growth(places[0], places[1], places[2], num_queries, num_stored, mask)
 
+    @property
+    def slots(self) -> Tensor:
+        """int64 ``[t]``: place of each new token in its sequence."""
+        assert self._growth is not None, "grow() comes before the forward pass"
+        return self._growth.slot
+
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all sequences but these, which take the places 0, 1, ... in this order."""
         self.lengths = self.lengths[list(rows)]

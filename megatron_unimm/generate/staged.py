@@ -23,7 +23,8 @@ from megatron_unimm.generate.cache import SequenceCache
 from megatron_unimm.generate.stages import StageLink
 from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.deepstack import travelling_levels
-from megatron_unimm.models.rotary import mrope_angles
+from megatron_unimm.models.gates import modality_mask
+from megatron_unimm.models.rotary import token_angles
 from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import ParallelGroups
 
@@ -144,7 +145,7 @@ class StagedModel:
             ``[B, H]`` on the last stage: the hidden state of each sequence's last token. None elsewhere.
         """
         cache.grow(step.counts)
-        context = self._context(step.position_ids, cache)
+        context = self._context(step, cache)
         hidden = None
         for chunk in self.chunks:
             if chunk.pre_process:
@@ -190,16 +191,16 @@ class StagedModel:
         self.link.broadcast(visual, stage=self.groups.config.pipeline - 1)
         return visual
 
-    def _context(self, position_ids: np.ndarray, cache: SequenceCache) -> PackedContext:
+    def _context(self, step: Step, cache: SequenceCache) -> PackedContext:
         backbone = self.model.backbone
-        angles = mrope_angles(
-            self._tensor(position_ids),
-            backbone.head_size,
-            backbone.rope_theta,
-            backbone.mrope_sections,
-            backbone.mrope_interleaved,
+        sequential = backbone.positions == "sequential"
+        positions = cache.slots.expand(3, -1) if sequential else self._tensor(step.position_ids)
+        return PackedContext.with_angles(
+            token_angles(positions, backbone),
+            self.dtype,
+            modality=modality_mask(self._tensor(step.input_ids), self.model),
+            cache=cache,
         )
-        return PackedContext.with_angles(angles, self.dtype, cache=cache)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)

@@ -142,6 +142,9 @@ class PackedContext(PackedSeqParams):
     cos: Tensor | None = None
     """``[t, D / 2]`` in the computing dtype."""
     sin: Tensor | None = None
+    modality: Tensor | None = None
+    """bool ``[gates, t]``: which tokens each further gate of the routers routes (``models/gates.py``); None for a model
+    without."""
     cache: KeyValueStore | None = None
 
     @classmethod

@@ -63,8 +63,9 @@ def decoder_work(model: BackboneConfig, num_tokens: int, pairs: float) -> Work:
 
     Per layer: QKV projection 2 T H (N + 2 G) D, output projection 2 T N D H, attention 2 · 2 · pairs · N D (grouped
     keys save memory, not FLOPs: every query head has its own scores), and a gated MLP of width F: 2 T H F three times.
-    A mixture-of-experts layer has, in place of the MLP, the router's 2 T H E and the gated MLPs of the experts that a
-    token visits, top_k · F_expert + F_shared wide together.
+    A mixture-of-experts layer has, in place of the MLP, the routers' 2 T H E each (all of them read every token, see
+    ``models/gates.py``) and the gated MLPs of the experts that a token visits, top_k · F_expert + F_shared wide
+    together.
     """
     tokens, hidden = float(num_tokens), model.hidden_size
     heads = model.num_heads * model.head_size
@@ -75,9 +76,9 @@ def decoder_work(model: BackboneConfig, num_tokens: int, pairs: float) -> Work:
         return (attention + dense).times(model.num_layers)
     moe = model.moe
     active = moe.top_k * moe.expert_mlp_size + moe.shared_expert_size
-    sparse = Work(2 * tokens * hidden * moe.num_experts + 6 * tokens * hidden * active)
-    # Layers 0, n, 2n … have experts (Megatron-Core's moe_layer_freq).
-    num_sparse = -(-model.num_layers // moe.layer_frequency)
+    routers = 1 + len(moe.gates)
+    sparse = Work(2 * tokens * hidden * routers * moe.num_experts + 6 * tokens * hidden * active)
+    num_sparse = sum(moe.in_layer(number) for number in range(model.num_layers))
     return attention.times(model.num_layers) + sparse.times(num_sparse) + dense.times(model.num_layers - num_sparse)
 
 
@@ -116,8 +117,8 @@ def vision_work(model: VisionEncoder, grids: np.ndarray) -> tuple[Work, Work]:
 
     Patch embedding 2 P patch_dim H. Per layer 2 P H 3H (QKV), 2 P H H (output), 4 · pairs · H (attention) and an MLP of
     width F: 2 P H F three times where it is gated (Qwen2.5-VL), else twice. The merger on joined patches of width
-    J = merge² H: 2 V J J + 2 V J out, once more for each deepstack level. The embedding stands apart because nothing
-    before it can train.
+    J = merge² H: 2 V J J + 2 V J out, once more for each deepstack level. A projector behind it: 2 V in out +
+    2 V out out. The embedding stands apart because nothing before it can train.
     """
     patches = float(grids.prod(axis=1).sum()) if len(grids) else 0.0
     hidden, merge = model.hidden_size, model.spatial_merge_size**2
@@ -125,7 +126,10 @@ def vision_work(model: VisionEncoder, grids: np.ndarray) -> tuple[Work, Work]:
     layer = Work(2 * patches * hidden * (4 * hidden + mlp_products * model.mlp_size))
     attention = Work(0.0, 4 * hidden * vision_pairs(grids, model))
     joined = merge * hidden
-    merger = Work(2 * patches / merge * joined * (joined + model.out_size)).times(1 + len(model.deepstack_layers))
+    tokens, merged = patches / merge, model.merged_size if isinstance(model, Qwen25VisionConfig) else model.out_size
+    merger = Work(2 * tokens * joined * (joined + merged)).times(1 + len(model.deepstack_layers))
+    if isinstance(model, Qwen25VisionConfig) and model.projector is not None:
+        merger += Work(2 * tokens * model.out_size * (merged + model.out_size))
     return Work(2 * patches * model.patch_dim * hidden), layer.times(model.num_layers) + attention + merger
 
 

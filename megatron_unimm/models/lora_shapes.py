@@ -34,7 +34,7 @@ def adapted_linears(model: BackboneConfig, lora: LoraConfig | None, layer: int) 
     if lora is None:
         return ()
     hidden, heads = model.hidden_size, model.num_heads * model.head_size
-    moe = model.moe if model.moe is not None and layer % model.moe.layer_frequency == 0 else None
+    moe = model.moe if model.moe is not None and model.moe.in_layer(layer) else None
     mlp, width = ("mlp", model.mlp_size) if moe is None else (f"mlp.{SHARED_EXPERTS}", moe.shared_expert_size)
     shapes = {
         "self_attention.linear_qkv": (hidden, heads + 2 * model.num_kv_heads * model.head_size),

@@ -228,7 +228,7 @@ def layer_weights(layer: LayerShape, tensor: int) -> Weights:
 
 
 def decoder_layer_weights(model: BackboneConfig, parallel: ParallelConfig, experts: bool) -> Weights:
-    """A layer of the decoder; experts as many as this rank has, router whole."""
+    """A layer of the decoder; experts as many as this rank has, routers whole."""
     layer = LayerShape.of_backbone(model)
     if not experts:
         return layer_weights(layer, parallel.tensor)
@@ -236,7 +236,7 @@ def decoder_layer_weights(model: BackboneConfig, parallel: ParallelConfig, exper
     assert moe is not None
     expert = mlp_weights(model.hidden_size, moe.expert_mlp_size, True, False, parallel.expert_tensor)
     shared = mlp_weights(model.hidden_size, moe.shared_expert_size, True, False, parallel.tensor)
-    router = model.hidden_size * moe.num_experts
+    router = (1 + len(moe.gates)) * model.hidden_size * moe.num_experts
     dense = 2 * layer.norm + attention_weights(layer, parallel.tensor) + router + shared
     return Weights(dense, moe.num_experts // parallel.expert * expert)
 
@@ -247,18 +247,20 @@ def vocabulary_weights(model: BackboneConfig, tensor: int) -> Weights:
 
 
 def num_mixtures(model: BackboneConfig, layers: range) -> int:
-    """How many of the zero-based layers have experts (Megatron-Core's ``moe_layer_freq``)."""
-    if model.moe is None:
-        return 0
-    return len([number for number in layers if number % model.moe.layer_frequency == 0])
+    """How many of the zero-based layers have experts."""
+    return 0 if model.moe is None else sum(model.moe.in_layer(number) for number in layers)
 
 
 def vision_weights(model: VisionEncoder, tensor: int) -> Weights:
-    """The tower: patch embedding, learned positions, layers, a merger for the last and for each deepstack level."""
+    """The tower: patch embedding, learned positions, layers, a merger for the last and for each deepstack level, a
+    projector."""
     layer = LayerShape.of_tower(model)
     learned = not isinstance(model, Qwen25VisionConfig)
     joined = model.hidden_size * model.spatial_merge_size**2
-    products = _columns(joined, joined, True, tensor) + _rows(joined, model.out_size, True, tensor)
+    merged = model.merged_size if isinstance(model, Qwen25VisionConfig) else model.out_size
+    products = _columns(joined, joined, True, tensor) + _rows(joined, merged, True, tensor)
+    if isinstance(model, Qwen25VisionConfig) and model.projector is not None:
+        products += _columns(merged, model.out_size, True, tensor) + _rows(model.out_size, model.out_size, True, tensor)
     embedding = (model.patch_dim + learned) * model.hidden_size
     if not isinstance(model, Qwen25VisionConfig):
         embedding += model.num_position_embeddings * model.hidden_size
@@ -515,6 +517,9 @@ def _experts(layer: LayerShape, moe: MoEConfig, spread: Spread, between: float, 
     tokens = sent * parallel.expert_tensor
     width = moe.expert_mlp_size / parallel.expert_tensor
     router = between * moe.num_experts * ROUTER_BYTES + sent * ROUTED_BYTES
+    if moe.gates:
+        # Their weights, one under the other for one product.
+        router += (1 + len(moe.gates)) * moe.num_experts * layer.hidden * item
     inside = tokens * width * item * (2 if spread.fused else 5)
     product = tokens * width * item * trains
     return {
@@ -575,7 +580,8 @@ def tower_kept(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
     """A tower that trains, on P patches (which are not counted, see ``inputs`` of a footprint): its layers and mergers.
 
     A merger keeps its norm's input (a deepstack level's is that of a layer) and output, P H each, and the hidden layer
-    of its MLP before and after the activation, P H / tensor each.
+    of its MLP before and after the activation, P H / tensor each. A projector keeps its input, its hidden layer
+    likewise, and its output before it is normalised.
     """
     layer, item = LayerShape.of_tower(model), spread.itemsize
     layers = tower_layer_kept(layer, spread, patches).times(model.num_layers)
@@ -588,7 +594,11 @@ def tower_kept(model: VisionEncoder, spread: Spread, patches: float) -> Kept:
     norm = _norm(patches, width, layer.rms_norm, plain, trains=True)
     tapped = levels if spread.recompute.granularity == "none" else 0  # there already, as a layer's input
     merger = norm + normed + hidden
-    return layers + Kept((1 + levels) * merger - tapped * normed)
+    projector = 0.0
+    if isinstance(model, Qwen25VisionConfig) and model.projector is not None:
+        widths = model.projector.in_size + 2 * model.out_size / tensor + model.projector.normalize * model.out_size
+        projector = patches / model.spatial_merge_size**2 * widths * item
+    return layers + Kept((1 + levels) * merger - tapped * normed + projector)
 
 
 def tower_pass(model: VisionEncoder | SiglipConfig, spread: Spread, patches: float) -> Kept:

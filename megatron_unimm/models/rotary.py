@@ -8,6 +8,8 @@ Shapes: T tokens, D head size, A axes of position.
 import torch
 from torch import Tensor
 
+from megatron_unimm.config.model import BackboneConfig
+
 
 def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     """``theta^(-2 i / size)`` for i in 0..size/2-1, float32 ``[size / 2]`` (RoFormer, arXiv 2104.09864)."""
@@ -33,6 +35,13 @@ def mrope_angles(position_ids: Tensor, head_size: int, theta: float, sections: l
     return per_axis.gather(
         0, _axis_of_frequency(sections, interleaved, position_ids.device).expand(1, per_axis.shape[1], -1)
     )[0]
+
+
+def token_angles(position_ids: Tensor, model: BackboneConfig) -> Tensor:
+    """The decoder's angles for positions ``[3, T]``: float32 ``[T, head_size / 2]``."""
+    return mrope_angles(
+        position_ids, model.head_size, model.rope_theta, model.mrope_sections, model.mrope_interleaved
+    )
 
 
 def _axis_of_frequency(sections: list[int], interleaved: bool, device: torch.device) -> Tensor:

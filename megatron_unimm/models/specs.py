@@ -1,6 +1,7 @@
 """The one file that chooses layer implementations: Transformer Engine on a GPU, torch elsewhere. Checkpoints of both
 are the same."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -9,12 +10,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_unimm.errors import ConfigError
 from megatron_unimm.models.attention import PackedAttention
+from megatron_unimm.models.gates import ModalityRouter
 from megatron_unimm.models.norm import SequenceParallelNorm
 from megatron_unimm.parallel.platform import Platform
 
@@ -54,13 +57,20 @@ def layers_backend(choice: str, platform: Platform, fp8: bool) -> str:
 
 
 def layer_spec(
-    backend: str, *, causal: bool, kind: str = "full", qk_norm: bool = False, num_experts: int | None = None
+    backend: str,
+    *,
+    causal: bool,
+    kind: str = "full",
+    qk_norm: bool = False,
+    num_experts: int | None = None,
+    gates: Sequence[str] = (),
 ) -> ModuleSpec:
     """A pre-norm transformer layer: attention and a gated MLP or a mixture of experts.
 
     Args:
         backend: ``transformer_engine`` or ``torch``.
         kind: which segments its attention uses, see ``models/attention.py``.
+        gates: modalities that have a router of their own, see ``models/gates.py``.
     """
     with_te = backend == "transformer_engine"
     provider = layers_provider(backend)
@@ -68,6 +78,9 @@ def layer_spec(
     mlp = get_mlp_module_spec_for_backend(
         provider, num_experts=num_experts, moe_grouped_gemm=with_te and num_experts is not None
     )
+    if gates:
+        assert isinstance(mlp.submodules, MoESubmodules)
+        mlp.submodules.router = partial(ModalityRouter, gates=list(gates))
     qk = provider.layer_norm(rms_norm=True, for_qk=True) if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,

@@ -46,7 +46,7 @@ def backbone_transformer_config(model: BackboneConfig, system: SystemConfig, pla
             moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
             moe_aux_loss_coeff=moe.aux_loss_coeff,
             moe_z_loss_coeff=moe.z_loss_coeff or None,
-            moe_layer_freq=moe.layer_frequency,
+            moe_layer_freq=[int(moe.in_layer(number)) for number in range(model.num_layers)],
             moe_token_dispatcher_type="alltoall",
             moe_grouped_gemm=False,
             moe_router_dtype="fp32",

@@ -3,11 +3,13 @@ model."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Reader
+from megatron_unimm.config.base import as_now
 from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import ConditionStore
@@ -98,19 +100,22 @@ def open_caches(
     if data.feature_cache:
         _check_features(stage)
         features = FeatureStore(Path(data.feature_cache))
-        _check(features, ranks.from_first(lambda: feature_meta(stage)))
+        encoder = as_now(features.meta.encoder, stage.model.vision_encoder)
+        _check(features, encoder, ranks.from_first(lambda: feature_meta(stage)))
     if data.latent_cache:
         if stage.generator is None:
             what = f"set, but stage {stage.name} draws no pictures; leave it empty"
             raise ConfigError("data.latent_cache", what)
         latents = FeatureStore(Path(data.latent_cache))
-        _check(latents, ranks.from_first(lambda: latent_meta(stage)))
+        _check(latents, latents.meta.encoder, ranks.from_first(lambda: latent_meta(stage)))
     if data.condition_cache:
         _check_conditions(stage)
         conditions = ConditionStore(Path(data.condition_cache))
         words, visual = ranks.from_first(lambda: condition_metas(stage, start))
-        _check(conditions.words, words)
-        _check(conditions.visual, visual)
+        for store, expected in ((conditions.words, words), (conditions.visual, visual)):
+            encoder = store.meta.encoder
+            model = as_now(encoder.get("model", {}), stage.model)
+            _check(store, {**encoder, "model": model}, expected)
     return features, latents, conditions
 
 
@@ -142,9 +147,12 @@ def need_of_vlm(stage: StageConfig) -> str:
     return ""
 
 
-def _check(store: FeatureStore, expected: FeatureMeta) -> None:
-    for field in ("encoder", "weights", "dtype", "width"):
-        ours, theirs = vars(expected)[field], vars(store.meta)[field]
+def _check(store: FeatureStore, encoder: dict[str, Any], expected: FeatureMeta) -> None:
+    """Args:
+    encoder: the store's, as a configuration of today says it.
+    """
+    for field, theirs in (vars(store.meta) | {"encoder": encoder}).items():
+        ours = vars(expected)[field]
         if ours != theirs:
             in_words = field in ("dtype", "width")
             what = f"{field} differs: " + (f"{theirs} there, {ours} here" if in_words else "of another model")

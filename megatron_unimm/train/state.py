@@ -13,12 +13,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_unimm.checkpoint.fallback import Tell, newest_intact
-from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, HF_FOLDER, LANGUAGE_MODEL
+from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, CARRIED, HF_FOLDER, LANGUAGE_MODEL
 from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.config.base import Section
+from megatron_unimm.config.base import Section, as_now
 from megatron_unimm.config.load import dump
 from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
@@ -93,7 +93,7 @@ def load_weights(
         names = {part for part, path in lacking.items() if path == other}
         load(_with_parts(state, lambda part, names=names: part in names), other, may_be_unread=("*",))
     own = _with_parts(state, lambda part: part not in lacking)
-    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*", *unread))
+    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*", f"{CARRIED}*", *unread))
 
 
 def _part_of(key: str) -> str:
@@ -182,7 +182,7 @@ def _check(directory: Path, section: str, model: Section, unread: Sequence[str] 
     """As :func:`check_architecture`, for a section of the recipe; fields in ``unread`` may differ."""
     meta = read_meta(directory)
     if "architecture" in meta:
-        theirs = flatten(meta["architecture"])
+        theirs = flatten(as_now(meta["architecture"], model))
         ours = flatten(model.model_dump(mode="json"))
         for field, value in ours.items():
             if field not in unread and theirs.get(field) != value:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_unimm.config.base import as_now
 from megatron_unimm.config.load import dump, load_recipe, load_stage, select_stage
+from megatron_unimm.config.model import BackboneConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import ConfigError
 
@@ -376,3 +378,22 @@ def test_another_rule_of_sizes_replaces_the_section(recipe: Path, repo: Path) ->
     }
     longer = load_recipe(repo / "configs/orion/shapes.yaml", ["data.generation_size.max_side=504"]).stages["sft"].data
     assert (longer.generation_size.rule, longer.generation_size.max_side) == ("long_side", 504)
+
+
+def test_a_field_that_was_not_there_yet_means_its_default() -> None:
+    """Checkpoints and caches say how their model is built; one made by an older version still fits."""
+    config = BackboneConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_heads=2,
+        num_kv_heads=1,
+        head_size=16,
+        mlp_size=32,
+        vocab_size=64,
+        mrope_sections=[2, 3, 3],
+    )
+    now = config.model_dump(mode="json")
+    older = {name: value for name, value in now.items() if name not in ("normalize_output", "positions")}
+    assert as_now(older, config) == now
+    assert as_now(older | {"vocab_size": 65}, config) == now | {"vocab_size": 65}
+    assert as_now({"family": "siglip"}, config) == {"family": "siglip"}

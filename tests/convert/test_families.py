@@ -138,8 +138,8 @@ def random_model(case: Case) -> torch.nn.Module:
     return model
 
 
-def make_sample(case: Case) -> dict[str, np.ndarray]:
-    """Text with three images of different sizes in it, every position with a label."""
+def make_sample(patch: int) -> dict[str, np.ndarray]:
+    """Text with three images of different sizes in it, every position with a label. ``patch``: its side in pixels."""
     rng = np.random.default_rng(0)
     ids, positions, visual = [], [], []
     place = start = 0
@@ -158,7 +158,6 @@ def make_sample(case: Case) -> dict[str, np.ndarray]:
         visual.append(place + np.arange(seen.shape[1]))
         place, start = place + seen.shape[1], int(seen.max()) + 1
         text([END, *rng.integers(3, 80, 4).tolist()])
-    patch = case.config.vision_config.patch_size
     none = np.empty(0, dtype=np.int64)
     return {
         "input_ids": np.array(ids),
@@ -202,7 +201,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tasks: list[tuple[int, dict[str, Any]]] = []
     for case in CASES:
         folder = root / case.name
-        model, sample = random_model(case), make_sample(case)
+        model, sample = random_model(case), make_sample(case.config.vision_config.patch_size)
         model.save_pretrained(folder / "hf")
         np.savez(folder / "sample.npz", **sample)
         np.save(folder / "reference.npy", reference_logits(model, sample).numpy())

@@ -194,8 +194,9 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         (Copy(), [(3, 4)]),
         (QkvInterleave(num_heads=6, num_kv_heads=2, head_size=3), [(18, 5), (6, 5), (6, 5)]),
         (QkvInterleave(num_heads=6, num_kv_heads=2, head_size=3), [(18,), (6,), (6,)]),
-        (FusedQkv(num_heads=2), [(18, 5)]),
-        (FusedQkv(num_heads=2), [(18,)]),
+        (FusedQkv(QkvInterleave(2, 2, 3)), [(18, 5)]),
+        (FusedQkv(QkvInterleave(2, 2, 3)), [(18,)]),
+        (FusedQkv(QkvInterleave(6, 2, 3)), [(30, 5)]),
         (GateUp(), [(4, 3), (4, 3)]),
         (ConvToLinear(kernel=(3, 2, 4, 4)), [(5, 3, 2, 4, 4)]),
         (Transpose(), [(4, 3)]),
@@ -221,7 +222,8 @@ def test_layouts_against_their_definition() -> None:
     grouped = [100, 101, 102, 103, 200, 201, 300, 301, 104, 105, 106, 107, 202, 203, 302, 303]
     assert QkvInterleave(num_heads=4, num_kv_heads=2, head_size=2).forward(q, k, v).tolist() == grouped
     per_head = [100, 101, 200, 201, 300, 301, 102, 103, 202, 203, 302, 303]
-    assert FusedQkv(num_heads=2).forward(torch.cat([q[:4], k, v])).tolist() == per_head
+    assert FusedQkv(QkvInterleave(2, 2, 2)).forward(torch.cat([q[:4], k, v])).tolist() == per_head
+    assert FusedQkv(QkvInterleave(4, 2, 2)).forward(torch.cat([q, k, v])).tolist() == grouped
     assert GateUp().forward(torch.tensor([1, 2]), torch.tensor([3, 4])).tolist() == [1, 2, 3, 4]
     conv, patches = torch.randn(4, 3, 2, 2, 2).double(), torch.randn(5, 3, 2, 2, 2).double()
     linear = ConvToLinear(kernel=(3, 2, 2, 2)).forward(conv)

@@ -257,3 +257,35 @@ def test_layout_needs_no_pixels(make_chat, tmp_path, write_image):
     assert layout.patches.shape == (0, chat.encoder.patch_dim)
     complete = replace(layout, patches=whole.patches)
     assert all(np.array_equal(getattr(complete, field), getattr(whole, field)) for field in vars(whole))
+
+
+def test_ming_writes_conversations_as_its_processor_does(
+    model, tokenizer_folder, make_chat, tmp_path, write_image
+) -> None:
+    """Roles in words, one special token at the end of an answer, a line break behind an image that is read."""
+    marks = {"<|vision_start|>": "<image>", "<|vision_end|>": "</image>", "<|image_pad|>": "<imagePatch>"}
+    text = (tokenizer_folder / "tokenizer.json").read_text()
+    for ours, theirs in marks.items():
+        text = text.replace(ours, theirs)
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    end = model.token_ids.pad
+    token_ids = model.token_ids.model_copy(update={"im_start": end, "im_end": end})
+    ming = model.model_copy(update={"token_ids": token_ids, "chat_template": "ming"})
+    chat = replace(make_chat(system_prompt=""), tokenizer=ChatTokenizer(tmp_path, ming))
+    paths = [write_image(tmp_path / "read.png", 28, 28), write_image(tmp_path / "drawn.png", 56, 56)]
+    turns = (
+        Turn("user", (0, "blue")),
+        Turn("assistant", ("red",)),
+        Turn("user", ("user",)),
+        Turn("assistant", (1,)),
+    )
+    got = layout_sample(sample_of(*turns, images=paths), chat)
+    human, assistant, patch = "<role>HUMAN</role>", "<role>ASSISTANT</role>", "<imagePatch>"
+    asked = f"{human}<image>{patch}</image>\nblue{assistant}"
+    answered = f"red<|endoftext|>{human}user{assistant}<image>{patch * 4}</image><|endoftext|>"
+    assert chat.tokenizer.decode(got.input_ids) == asked + answered
+    learned = got.labels[got.labels != IGNORED_LABEL]
+    assert chat.tokenizer.decode(learned) == "red<|endoftext|><image></image><|endoftext|>"
+    pictures = [decode(DiskImage(paths[0]), 10**6)]
+    assert chat.tokenizer.decode(prompt_tokens(turns[:1], pictures, chat).input_ids) == asked

@@ -27,10 +27,18 @@ MODELS = {
     "dense": (),
     "moe": ("model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 48}",),
     "deepstack": (f"model.vision_encoder={DEEPSTACK}", "model.backbone.mrope_interleaved=true"),
+    "gates": (
+        "model.backbone.moe={num_experts: 4, top_k: 2, expert_mlp_size: 48, shared_expert_size: 32, first_layer: 1,"
+        " gates: [image, audio]}",
+        "model.backbone.normalize_output=true",
+        "model.backbone.positions=sequential",
+        "model.vision_encoder.projector={in_size: 40}",
+    ),
 }
 SP = "system.parallel.sequence=true"
 OVERLAP = "system.overlap={grad_reduce: true, param_gather: true}"
 FULL_RECOMPUTE = "system.recompute={granularity: full, num_layers: 1}"
+MOE_RECOMPUTE = "system.recompute={granularity: selective, modules: [moe]}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ LAYOUTS = [
         4,
         ("system.parallel.expert=2", "system.parallel.tensor=2", "system.parallel.sequence=true"),
         model="moe",
+    ),
+    Layout("ep2_gates", 2, ("system.parallel.expert=2", OVERLAP), model="gates"),
+    # Several micro-batches are under way when one is computed again.
+    Layout("pp2_gates", 2, ("system.parallel.pipeline=2", MOE_RECOMPUTE), model="gates"),
+    Layout("cp2_gates", 2, ("system.parallel.context=2", FULL_RECOMPUTE), model="gates"),
+    Layout(
+        "ep2_tp2_gates",
+        4,
+        ("system.parallel.expert=2", "system.parallel.tensor=2", SP),
+        model="gates",
     ),
     Layout("tp2_sp_levels", 2, ("system.parallel.tensor=2", SP), model="deepstack"),
     Layout("cp2_levels", 2, ("system.parallel.context=2",), model="deepstack"),
@@ -132,6 +150,12 @@ def test_reference_has_every_kind(folders: dict[str, Path]) -> None:
         for level in range(3):
             key = f"vision_encoder.deepstack_mergers.{level}.linear_fc2.weight"
             assert gradients.read(key).norm() > 1e-6, "every level reaches the loss"
+    with Reader(folders["gates"] / "one_rank") as gradients:
+        for layer in range(1, 4):
+            router = f"backbone.decoder.layers.{layer}.mlp.router"
+            assert gradients.read(f"{router}.weight").norm() > 1e-6
+            assert gradients.read(f"{router}.image_weight").norm() > 1e-6
+            assert not gradients.read(f"{router}.audio_weight").any(), "nothing is audio"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

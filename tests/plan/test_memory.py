@@ -32,6 +32,12 @@ QWEN3 = (
     "model.backbone.qk_norm=true",
     "model.backbone.qkv_bias=false",
 )
+MING = (
+    "model.backbone.moe={num_experts: 8, top_k: 2, expert_mlp_size: 48, shared_expert_size: 32, first_layer: 1,"
+    " gates: [image, audio]}",
+    "model.backbone.normalize_output=true",
+    "model.vision_encoder.projector={in_size: 96}",
+)
 SD35 = (
     "generator.mmdit.num_layers=3",
     "generator.mmdit.dual_attention_layers=[0]",
@@ -68,6 +74,9 @@ ORION = {
     "experts, recompute": ((*MOE, *selective("moe")), 0, 1),
     "expert parallel": ((*MOE, *EP, *TP), 0, 2),
     "expert tensor parallel": ((*MOE, *TP, "system.parallel.expert_tensor=2"), 0, 2),
+    "gates and projector": (MING, 0, 1),
+    "gates and projector, expert parallel": ((*MING, *EP, *TP), 0, 2),
+    "gates, recompute": ((*MING, *selective("moe")), 0, 1),
     "Qwen3-VL": (QWEN3, 0, 1),
     "Qwen3-VL, tied, tensor": ((*QWEN3, *TP, "model.backbone.tie_embeddings=true"), 0, 2),
     "Qwen3-VL, recompute attention": ((*QWEN3, *selective("core_attn")), 0, 1),
@@ -207,7 +216,7 @@ def check_chunk(stage: StageConfig, rank: int, world_size: int) -> None:
     assert found.inputs == pytest.approx(storage_bytes(batch), rel=0.15)
 
 
-@pytest.mark.parametrize("case", ["all", "full recompute", "experts"])
+@pytest.mark.parametrize("case", ["all", "full recompute", "experts", "gates and projector"])
 def test_measured_on_the_cpu(case: str, repo: Path) -> None:
     """The same on real tensors, where tokens choose their experts themselves."""
     check_measured(orion(repo, *ORION[case][0]))

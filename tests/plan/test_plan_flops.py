@@ -10,7 +10,7 @@ import torch
 from measure import decoder, diffusion, mmcore, orion, place_of
 from small_diffusion import SOME_OF_THE_VLM
 from small_mmcore import FROZEN_VLM, LORA, SIGLIP
-from test_memory import CONDITIONS, CONNECTOR, CP, FLUX, FULL, MOE, PP, QWEN3, SD35, TP, frozen
+from test_memory import CONDITIONS, CONNECTOR, CP, FLUX, FULL, MING, MOE, PP, QWEN3, SD35, TP, frozen
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_unimm.config.recipe import StageConfig
@@ -60,7 +60,16 @@ def planned(stage: StageConfig, row: Any, rank: int, world_size: int) -> ChunkFo
 
 @pytest.mark.parametrize(
     ("overrides", "rank", "world_size"),
-    [((), 0, 1), (PP, 0, 2), (PP, 1, 2), (QWEN3, 0, 1), ((*QWEN3, *PP), 1, 2), (frozen("vision_encoder"), 0, 1)],
+    [
+        ((), 0, 1),
+        (PP, 0, 2),
+        (PP, 1, 2),
+        (QWEN3, 0, 1),
+        ((*QWEN3, *PP), 1, 2),
+        (frozen("vision_encoder"), 0, 1),
+        (MING, 0, 1),
+        ((*MING, *PP), 1, 2),
+    ],
 )
 def test_orion_chunks(overrides: tuple[str, ...], rank: int, world_size: int, repo: Path) -> None:
     stage = orion(repo, *overrides)

@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.models.attention import PackedContext, Segments, context_index
-from megatron_unimm.models.rotary import mrope_angles
+from megatron_unimm.models.gates import modality_mask
+from megatron_unimm.models.rotary import token_angles
 from megatron_unimm.models.vision import VisionInput
 
 
@@ -103,23 +104,21 @@ def local_tokens(row: PackedRow, role: Role) -> np.ndarray:
 
 
 def packed_context(row: PackedRow, local: np.ndarray, model: ModelConfig, role: Role) -> PackedContext:
-    """What the decoder's layers share: causal segments and rotary angles of this rank's tokens."""
-    backbone = model.backbone
-    angles = mrope_angles(
-        as_tensor(row.position_ids[:, local], role),
-        backbone.head_size,
-        backbone.rope_theta,
-        backbone.mrope_sections,
-        backbone.mrope_interleaved,
-    )
+    """What the decoder's layers share: causal segments, and rotary angles and modality of this rank's tokens."""
+    bounds = np.asarray(row.segment_bounds, dtype=np.int64)
+    positions = row.position_ids
+    if model.backbone.positions == "sequential":
+        places = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+        positions = np.tile(places, (3, 1))
     segments = Segments.build(
-        np.asarray(row.segment_bounds, dtype=np.int64),
-        causal=True,
-        device=role.device,
-        context_rank=role.context_rank,
-        context_size=role.context_size,
+        bounds, causal=True, device=role.device, context_rank=role.context_rank, context_size=role.context_size
     )
-    return PackedContext.with_angles(angles, role.dtype, segments={"full": segments})
+    return PackedContext.with_angles(
+        token_angles(as_tensor(positions[:, local], role), model.backbone),
+        role.dtype,
+        segments={"full": segments},
+        modality=modality_mask(as_tensor(row.input_ids[local], role), model),
+    )
 
 
 def local_places(index: np.ndarray, local: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -314,7 +314,8 @@ class VlmChunk:
             return 0.0
         routed = 3 * moe.expert_mlp_size * moe.top_k
         attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size
-        return routed / (routed + attention + moe.num_experts + 3 * moe.shared_expert_size)
+        routers = (1 + len(moe.gates)) * moe.num_experts
+        return routed / (routed + attention + routers + 3 * moe.shared_expert_size)
 
     # -- traffic
 

@@ -1,8 +1,9 @@
-"""The decoder-only language model of the Qwen VLMs, as one pipeline stage holds it.
+"""The decoder-only language model of the Qwen VLMs and of Ming-Lite-Omni, as one pipeline stage holds it.
 
 Layout: t tokens of this rank between the layers (T / context, and / tensor under sequence parallelism), ``[t, 1, H]``.
 """
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -22,6 +23,9 @@ from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.deepstack import Deepstack, DeepstackLayer
 from megatron_unimm.models.specs import block_spec, layer_spec
 from megatron_unimm.models.transformer_config import whole_sequence
+
+NORM_EPSILON = 1e-7
+"""Added to the length of a column that logits are divided by, fixed in BailingMoE's code."""
 
 
 class Backbone(LanguageModule):
@@ -117,8 +121,24 @@ class Backbone(LanguageModule):
         # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input
         # up first.
         self.decoder.input_tensor = hidden
-        hidden = self.decoder(hidden, attention_mask=None, context=levels, packed_seq_params=context)  # [t, 1, H]
+        hidden = self.decoder(
+            hidden,
+            attention_mask=None,
+            context=levels,
+            packed_seq_params=context,
+            padding_mask=self._modality(context),
+        )  # [t, 1, H]
         return self.deepstack.join(hidden, levels)
+
+    def _modality(self, context: PackedContext) -> Tensor | None:
+        """Of the tokens that this rank has between the layers: bool ``[gates, t]``, where routers ask for it."""
+        if self.model.moe is None or not self.model.moe.gates:
+            return None
+        modality = context.modality
+        assert modality is not None, "the context of a model with several gates says what tokens are"
+        if self.config.sequence_parallel:
+            modality = modality.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
+        return modality
 
     def skip(self, rows_r1H: Tensor) -> Tensor:
         """What :meth:`forward` gives, without the layers."""
@@ -128,15 +148,26 @@ class Backbone(LanguageModule):
         """Vocabulary logits of chosen positions: ``[n, H]`` to ``[n, vocab / tensor]``, each rank its part of the
         vocabulary."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.model.normalize_output:
+            # Dividing the hidden states is dividing the columns, and needs no second output layer.
+            hidden_nH = hidden_nH / self._output_norm(self.output_layer.weight if weight is None else weight)
         return self.output_layer(hidden_nH, weight=weight)[0]
+
+    @torch.no_grad()
+    def _output_norm(self, weight_VH: Tensor) -> Tensor:
+        """Length of each column of the whole output layer: ``[H]`` of this rank's rows ``[vocab / tensor, H]``. No
+        gradient passes through it, as in BailingMoE."""
+        squares = torch.linalg.vector_norm(weight_VH, dim=0, dtype=torch.float32).square()
+        if self.tp_group.size() > 1:
+            torch.distributed.all_reduce(squares, group=self.tp_group)
+        return (squares.sqrt() + NORM_EPSILON).to(weight_VH.dtype)
 
 
 def _layer(model: BackboneConfig, backend: str, number: int, deepstack: Deepstack) -> ModuleSpec:
-    """Layer ``number`` (0 first): a mixture of experts in every ``layer_frequency``-th, as Megatron-Core counts
-    them."""
-    has_experts = model.moe is not None and number % model.moe.layer_frequency == 0
-    experts = model.moe.num_experts if model.moe is not None and has_experts else None
-    spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts)
+    """Layer ``number`` (0 first), dense or a mixture of experts."""
+    moe = model.moe if model.moe is not None and model.moe.in_layer(number) else None
+    experts, gates = (None, []) if moe is None else (moe.num_experts, moe.gates)
+    spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts, gates=gates)
     if number < deepstack.num_levels:
         spec.module, spec.params = DeepstackLayer, {"level": deepstack.place(number)}
     return spec

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision tower as Megatron-Core layers: patches in, visual tokens out.
+"""Qwen2.5-VL's vision tower, which is Ming-Lite-Omni's too, as Megatron-Core layers: patches in, visual tokens out.
 
 Layout: P patches of all images of a row, ``[P, 1, H]`` between the layers; V = P / merge² visual tokens.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 from megatron_unimm.config.model import Qwen25VisionConfig
 from megatron_unimm.models.specs import block_spec, layer_spec
 from megatron_unimm.models.vision.input import VisionInput
-from megatron_unimm.models.vision.merger import PatchMerger
+from megatron_unimm.models.vision.merger import PatchMerger, Projector
 
 
 class Qwen25VisionEncoder(MegatronModule):
-    """Patch embedding, windowed and full attention blocks, merger (arXiv 2502.13923, figure 1)."""
+    """Patch embedding, windowed and full attention blocks, merger (arXiv 2502.13923, figure 1), perhaps a projector."""
 
     def __init__(
         self, model: Qwen25VisionConfig, config: TransformerConfig, backend: str, groups: ProcessGroupCollection
@@ -31,6 +31,9 @@ class Qwen25VisionEncoder(MegatronModule):
         ]
         self.blocks = TransformerBlock(config, block_spec(backend, layers), post_layer_norm=False, pg_collection=groups)
         self.merger = PatchMerger(model, config, groups)
+        self.projector = None
+        if model.projector is not None:
+            self.projector = Projector(model.projector, model.out_size, config, groups)
 
     def forward(self, images: VisionInput) -> Tensor:
         """Visual tokens ``[V, out_size]`` of all images, in their order."""
@@ -38,7 +41,8 @@ class Qwen25VisionEncoder(MegatronModule):
         hidden = self.patch_embed(images.patches)  # [P, H]
         hidden = self._by_unit(hidden)[images.windows.to_windows].flatten(0, 1)  # [P, H], windows together
         hidden = self.blocks(hidden[:, None], attention_mask=None, packed_seq_params=images.context)  # [P, 1, H]
-        return self.merger(hidden)[images.windows.from_windows]  # [V, out_size]
+        tokens = self.merger(hidden)[images.windows.from_windows]  # [V, merged size]
+        return tokens if self.projector is None else self.projector(tokens)  # [V, out_size]
 
     def _by_unit(self, hidden_PH: Tensor) -> Tensor:
         return hidden_PH.view(-1, self.model.spatial_merge_size**2, hidden_PH.shape[-1])

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_unimm.data.chat import SPECIAL_TOKENS, ChatTokenizer
+from megatron_unimm.data.chat import ChatTokenizer
 from megatron_unimm.data.loader import StepBatch
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
 from megatron_unimm.methods.interface import ShowsText
@@ -138,8 +138,8 @@ def render(row: PackedRow, predicted: np.ndarray, tokenizer: ChatTokenizer) -> s
 
 def _text(tokens: np.ndarray, tokenizer: ChatTokenizer) -> str:
     """Decoded tokens; a run of visual tokens as its length."""
-    pad = re.escape(SPECIAL_TOKENS["image_pad"])
-    length = len(SPECIAL_TOKENS["image_pad"])
+    token = tokenizer.template.special_tokens["image_pad"]
+    pad, length = re.escape(token), len(token)
     return re.sub(
         f"(?:{pad})+", lambda run: f"<{len(run[0]) // length} visual tokens>", tokenizer.decode(tokens.tolist())
     )
