@@ -11,7 +11,7 @@ Qwen2-VL's chunked multimodal rotary, with sections 16, 24, 24, which the code f
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from megatron_unimm.config.model import BackboneConfig, ModelConfig, MoEConfig, ProjectorConfig, TokenIds
 from megatron_unimm.config.model import Qwen25VisionConfig as VisionConfig
@@ -24,7 +24,7 @@ from megatron_unimm.errors import CheckpointError
 ARCHITECTURE = "BailingMMNativeForConditionalGeneration"
 TEXT = "model.model"
 AUDIO = ("audio.", "linear_proj_audio.", "whisper_encoder.", "linear_proj_whisper.", "talker.")
-GATES = ["image", "audio"]
+GATES: list[Literal["image", "audio"]] = ["image", "audio"]
 MROPE_SECTIONS = [16, 24, 24]
 MLP_DEPTH = 2
 """Linears of the projector."""
@@ -155,7 +155,9 @@ def to_model_config(config: dict[str, Any], added_tokens: dict[str, int] | None 
     }
     refuse_unknown(config, text, activations, rope_types=("default", "3D"))
     built = {"use_bias": False, "norm_softmax": False, "tie_word_embeddings": False, "norm_topk_prob": True}
-    said = {f"llm_config.{field}": (text.get(field, value), value) for field, value in built.items()}
+    said: dict[str, tuple[Any, Any]] = {
+        f"llm_config.{field}": (text.get(field, value), value) for field, value in built.items()
+    }
     said["mlp_depth"] = (config.get("mlp_depth", MLP_DEPTH), MLP_DEPTH)
     for field, (value, only) in said.items():
         if value != only:
@@ -198,7 +200,7 @@ def _backbone_config(text: dict[str, Any]) -> BackboneConfig:
             expert_mlp_size=text["moe_intermediate_size"],
             shared_expert_size=text["moe_intermediate_size"] * (text.get("num_shared_experts") or 0),
             first_layer=text.get("first_k_dense_replace", 0),
-            gates=GATES if text.get("multi_gate", False) else [],
+            gates=list(GATES) if text.get("multi_gate", False) else [],
         ),
     )
 

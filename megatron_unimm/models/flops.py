@@ -58,8 +58,8 @@ def causal_pairs(segment_bounds: Collection[int]) -> float:
     return float((lengths * (lengths + 1)).sum() / 2)
 
 
-def decoder_work(model: BackboneConfig, num_tokens: int, pairs: float) -> Work:
-    """The decoder's layers.
+def decoder_work(model: BackboneConfig, num_tokens: int, pairs: float, layers: range | None = None) -> Work:
+    """The decoder's layers, or some of them (zero-based).
 
     Per layer: QKV projection 2 T H (N + 2 G) D, output projection 2 T N D H, attention 2 · 2 · pairs · N D (grouped
     keys save memory, not FLOPs: every query head has its own scores), and a gated MLP of width F: 2 T H F three times.
@@ -72,14 +72,15 @@ def decoder_work(model: BackboneConfig, num_tokens: int, pairs: float) -> Work:
     projections = 2 * tokens * hidden * (2 * heads + 2 * model.num_kv_heads * model.head_size)
     attention = Work(projections, 4 * pairs * heads)
     dense = Work(6 * tokens * hidden * model.mlp_size)
+    layers = range(model.num_layers) if layers is None else layers
     if model.moe is None:
-        return (attention + dense).times(model.num_layers)
+        return (attention + dense).times(len(layers))
     moe = model.moe
     active = moe.top_k * moe.expert_mlp_size + moe.shared_expert_size
     routers = 1 + len(moe.gates)
     sparse = Work(2 * tokens * hidden * routers * moe.num_experts + 6 * tokens * hidden * active)
-    num_sparse = sum(moe.in_layer(number) for number in range(model.num_layers))
-    return attention.times(model.num_layers) + sparse.times(num_sparse) + dense.times(model.num_layers - num_sparse)
+    num_sparse = sum(moe.in_layer(number) for number in layers)
+    return attention.times(len(layers)) + sparse.times(num_sparse) + dense.times(len(layers) - num_sparse)
 
 
 def logits_work(model: BackboneConfig, num_positions: int) -> Work:

@@ -115,15 +115,18 @@ def test_mmcore_chunks_are_the_whole_model(overrides: tuple[str, ...], repo: Pat
     assert total == pytest.approx(footprints.row_flops(stage, row), rel=1e-12)
 
 
-def test_expert_products_are_told_apart(repo: Path) -> None:
-    """Together they are exact; how much of it is experts', by weights, is too."""
-    stage = orion(repo, *MOE, "model.vision_encoder.num_layers=1", "model.vision_encoder.full_attention_layers=[0]")
+@pytest.mark.parametrize("model_of", [MOE, MING])
+def test_expert_products_are_told_apart(model_of: tuple[str, ...], repo: Path) -> None:
+    """Together they are exact; how much of it is experts', by weights, is too, also beside dense layers."""
+    tower = ("model.vision_encoder.num_layers=1", "model.vision_encoder.full_attention_layers=[0]")
+    stage = orion(repo, *model_of, *tower)
     row = footprints_of(stage).typical_row(stage)
     found = planned(stage, row, 0, 1)
     assert found.forward.total == counted(stage, row, 0, 1)[0]
     moe, model = stage.model.backbone.moe, stage.model.backbone
     assert moe is not None
-    routed = 6 * len(row.input_ids) * model.hidden_size * moe.expert_mlp_size * moe.top_k * model.num_layers
+    num_sparse = model.num_layers - moe.first_layer
+    routed = 6 * len(row.input_ids) * model.hidden_size * moe.expert_mlp_size * moe.top_k * num_sparse
     assert found.forward.experts == pytest.approx(2 * routed)  # student and teacher
 
 

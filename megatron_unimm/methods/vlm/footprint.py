@@ -308,14 +308,17 @@ class VlmChunk:
         return [(embedding.times(ranks), trains, False), (rest.times(ranks), trains, trains)]
 
     def _expert_share(self) -> float:
-        """Of the decoder's products, those of routed experts: by weights of matrices that a token meets, over H."""
+        """Of the chunk's products in decoder layers, those of routed experts: by weights of matrices that a token
+        meets, over H."""
         model, moe = self.backbone, self.backbone.moe
-        if moe is None:
+        num_sparse = sum(count for (experts, _), count in self.layers.items() if experts)
+        if moe is None or not num_sparse:
             return 0.0
-        routed = 3 * moe.expert_mlp_size * moe.top_k
         attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_size
+        dense = (self.layers.total() - num_sparse) * (attention + 3 * model.mlp_size)
+        routed = num_sparse * 3 * moe.expert_mlp_size * moe.top_k
         routers = (1 + len(moe.gates)) * moe.num_experts
-        return routed / (routed + attention + routers + 3 * moe.shared_expert_size)
+        return routed / (routed + dense + num_sparse * (attention + routers + 3 * moe.shared_expert_size))
 
     # -- traffic
 
@@ -344,10 +347,7 @@ class VlmChunk:
 
 def _layers_work(stage: StageConfig, place: ChunkPlace, load: VlmLoad) -> Work:
     """Of the chunk's decoder layers."""
-    if not place.layers:
-        return Work(0.0)
-    part = stage.model.backbone.model_copy(update={"num_layers": len(place.layers)})
-    return decoder_work(part, load.tokens, load.pairs)
+    return decoder_work(stage.model.backbone, load.tokens, load.pairs, place.layers)
 
 
 def _again(work: Work, expert_share: float, spread: Spread) -> Flops:

@@ -137,6 +137,7 @@ class Backbone(LanguageModule):
         modality = context.modality
         assert modality is not None, "the context of a model with several gates says what tokens are"
         if self.config.sequence_parallel:
+            assert self.tp_group is not None
             modality = modality.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
         return modality
 
@@ -158,8 +159,7 @@ class Backbone(LanguageModule):
         """Length of each column of the whole output layer: ``[H]`` of this rank's rows ``[vocab / tensor, H]``. No
         gradient passes through it, as in BailingMoE."""
         squares = torch.linalg.vector_norm(weight_VH, dim=0, dtype=torch.float32).square()
-        if self.tp_group.size() > 1:
-            torch.distributed.all_reduce(squares, group=self.tp_group)
+        torch.distributed.all_reduce(squares, group=self.tp_group)
         return (squares.sqrt() + NORM_EPSILON).to(weight_VH.dtype)
 
 
