@@ -5,11 +5,11 @@
 step() { printf '\n== %s\n' "$*"; }
 
 # read_plan RECIPE [KEY=VALUE]...: sets recipe, run (the folder that the recipe's imported models lie in), base, generator,
-# kinds of data, stages, and steps of each.
+# kinds of data, stages, steps of each, and which of them learn from cached conditions.
 read_plan() {
     local plan line word settings=()
     recipe="$1" base="" generator="" kinds=() stages=()
-    declare -gA steps=()
+    declare -gA steps=() cached=()
     for word in "${@:2}"; do  # beside settings there may be options of `unimm train`
         [[ "$word" != [!-]*=* ]] || settings+=("$word")
     done
@@ -20,6 +20,7 @@ read_plan() {
             generator) generator="${line[1]}" ;;
             data) kinds=("${line[@]:1}") ;;
             stage) stages+=("${line[1]}") steps[${line[1]}]="${line[2]}" ;;
+            cached) cached[${line[1]}]=1 ;;
         esac
     done <<<"$plan"
     run="$(dirname "$base")"
@@ -61,7 +62,10 @@ import_models() {
 # train_stages [KEY=VALUE]...: all stages on two ranks (on a single GPU: one), for `short` steps of each (a quarter of the
 # recipe's where that says nothing), or with FULL=1 for as long as the recipe says. `layout` has settings of a stage's ranks.
 train_stages() {
-    local ranks=2 stage settings
+    local ranks=2 stage settings options=() word
+    for word in "$@"; do
+        [[ "$word" == -* || "$word" != *=* ]] || options+=("$word")
+    done
     if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" == 1 ]]; then
         ranks=1
         layout=()
@@ -69,11 +73,26 @@ train_stages() {
     for stage in "${stages[@]}"; do
         step "Stage $stage on $ranks ranks"
         settings=()
-        [[ "${FULL:-0}" == 1 ]] || settings=("train.steps=${short[$stage]:-$(((steps[$stage] + 3) / 4))}")
+        if [[ -n "${cached[$stage]:-}" ]]; then
+            make_cache "$stage" "$ranks" "${options[@]}"
+            settings+=("data.condition_cache=$run/cache/conditions" "data.latent_cache=$run/cache/latents")
+        fi
+        [[ "${FULL:-0}" == 1 ]] || settings+=("train.steps=${short[$stage]:-$(((steps[$stage] + 3) / 4))}")
         # shellcheck disable=SC2206  # settings are words
         settings+=(${layout[$stage]:-})
         NPROC="$ranks" launchers/local.sh "$recipe" --stage "$stage" --run-dir "$run" "${settings[@]}" "$@"
     done
+}
+
+# make_cache STAGE RANKS [KEY=VALUE]...: what the frozen VLM says of each conversation, and latents of the pictures.
+make_cache() {
+    local port
+    [[ ! -f "$run/cache/conditions/visual/meta.json" || ! -f "$run/cache/latents/meta.json" ]] || return 0
+    step "Computing once what the frozen VLM says"
+    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m megatron_unimm.cli.torchrun --nproc-per-node "$2" \
+        --master-port "$port" -m megatron_unimm.cli data cache "$recipe" "${@:3}" --stage "$1" --to "$run/cache" \
+        --run-dir "$run"
 }
 
 # draw_and_score SUITE...: samples.png, and SUITE.json of each.

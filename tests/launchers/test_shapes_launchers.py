@@ -15,6 +15,7 @@ PROGRAMS = {
         case "$all" in
         tools/shapes_plan.py*|-c*) exec {python} "$@" ;;
         tools/*) echo "$all" >>{folder}/calls ;;
+        *torchrun*"cli data cache"*) echo "${{all##*megatron_unimm.cli }}" >>{folder}/calls ;;
         *torchrun*) echo "train ${{all##*megatron_unimm.cli train }}" >>{folder}/calls ;;
         esac""",
     "unimm": """echo "$*" >>{folder}/calls
@@ -98,17 +99,26 @@ def test_mmcore_in_the_shapes_world(repo: Path, fakes: Path) -> None:
         f"convert import --from tools/base_models/shapes_vlm --to {run}/base",
         f"convert import --from tools/base_models/shapes_mmdit --to {run}/generator_base",
     ]
-    assert calls[3:7] == [
-        f"train configs/mmcore/shapes.yaml --run-dir {run} --stage {stage} train.steps={steps} {own}"
-        for stage, steps in (("vlm", 500), ("diffusion", 750), ("diffusion_sft", 150), ("policy", 3))
+    cached = f"data.condition_cache={run}/cache/conditions data.latent_cache={run}/cache/latents "
+    cache = f"data cache configs/mmcore/shapes.yaml stages.policy.train.steps=9 --stage diffusion --to {run}/cache"
+    vlm, *drawing = [
+        f"train configs/mmcore/shapes.yaml --run-dir {run} --stage {stage} {its}train.steps={steps} {own}"
+        for stage, its, steps in (
+            ("vlm", "", 500),
+            ("diffusion", cached, 750),
+            ("diffusion_sft", cached, 150),
+            ("policy", "", 3),
+        )
     ]
+    # Nothing is written here, so that both stages ask for it.
+    assert calls[3:9] == [vlm, f"{cache} --run-dir {run}", drawing[0], calls[6], *drawing[1:]]
     suites = ("shapes", "shapes_qa", "shapes_sessions")
     scored = [f"evaluate --model {run} --suite {each} --data data/eval --to {run}/{each}.json" for each in suites]
-    assert calls[8:] == [*scored, f"tools/summarize_run.py {run}"]
+    assert calls[10:] == [*scored, f"tools/summarize_run.py {run}"]
 
     _, calls = launch(repo, fakes, "launchers/shapes.sh configs/mmcore/shapes.yaml", FULL="1", SUITES="shapes_qa")
     assert calls[0] == f"train configs/mmcore/shapes.yaml --run-dir {run} --stage vlm"
-    assert calls[5:] == [scored[1], f"tools/summarize_run.py {run}"]
+    assert calls[7:] == [scored[1], f"tools/summarize_run.py {run}"]
 
 
 def test_what_cannot_be_trained_says_why(repo: Path, fakes: Path) -> None:
