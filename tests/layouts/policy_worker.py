@@ -2,8 +2,8 @@
 
 usage, with tests/train on PYTHONPATH: policy_worker.py '[{"folder": …, "name": …, "overrides": […]}, …]'
 
-A task named init writes FOLDER/start from one rank; any other FOLDER/NAME.json (losses, figures of the rollout) and
-FOLDER/NAME (gradients).
+A task named init writes FOLDER/start from one rank; any other FOLDER/NAME.json (losses, figures of the rollout),
+FOLDER/NAME.npy (pictures that the first rank's prompts made) and FOLDER/NAME (gradients).
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import megatron_unimm.parallel  # noqa: F401 isort: skip - before Megatron-Core, on a machine without a GPU
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 from small_policy import policy_stage, prompts, ready, shake
@@ -44,6 +45,8 @@ def run(folder: Path, name: str, overrides: list[str]) -> None:
     (rows,) = rollouts.updates([mine], 0)
     losses = step.forward_backward(rows)
     save(gradient_state(step.chunks, groups), folder / name, {})
+    if dist.get_rank() == 0:
+        np.save(folder / f"{name}.npy", np.stack([picture for _, picture in rollouts.figures.pictures]))
     if dist.get_rank() == dist.get_world_size() - 1:
         found = {"losses": losses.tolist(), "figures": rollouts.figures.take()}
         (folder / f"{name}.json").write_text(json.dumps(found))

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from test_parallel_layouts import (
     FULL_RECOMPUTE,
     OVERLAP,
     SP,
     TOLERANCE,
     Layout,
+    compare_steps,
     start_worker,
     worst_gradient_difference,
 )
@@ -93,12 +93,7 @@ def test_layout_equals_one_rank(layout: Layout, folders: dict[str, Path]) -> Non
     """Losses (by timestep too) and gradient norms of three steps, and every tensor's gradient of the first."""
     folder = folders[layout.model]
     expected, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one_rank", layout.name))
-    worst_loss = 0.0
-    for number, (reference, step) in enumerate(zip(expected["steps"], found["steps"], strict=True)):
-        losses, wanted = torch.tensor(step["losses"]), torch.tensor(reference["losses"])
-        torch.testing.assert_close(losses, wanted, rtol=TOLERANCE, atol=1e-9, msg=f"step {number}")
-        assert step["norm"] == pytest.approx(reference["norm"], rel=TOLERANCE), f"step {number}"
-        worst_loss = max(worst_loss, float(((losses - wanted) / wanted.clamp(min=1e-9)).abs().max()))
+    worst_loss = compare_steps(found["steps"], expected["steps"], ["losses"])
     worst = worst_gradient_difference(folder / "one_rank", folder / layout.name)
     print(f"{layout.name:16} losses {worst_loss:.1e}  worst gradient {worst[0]:.1e} {worst[1]}")
     assert worst[0] < TOLERANCE, worst

@@ -6,9 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import worker
-from test_parallel_layouts import DEEPSTACK, OVERLAP, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
+from test_parallel_layouts import (
+    DEEPSTACK,
+    OVERLAP,
+    SP,
+    TOLERANCE,
+    Layout,
+    compare_steps,
+    start_worker,
+    worst_gradient_difference,
+)
 
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.data.shapes import write_shapes
@@ -191,15 +199,7 @@ def test_reference_draws_three_frames(model: str, root: Path) -> None:
 def test_layout_equals_one_rank(layout: Layout, root: Path) -> None:
     """Losses and gradient norms of three steps, and every tensor's gradient of the first."""
     one_rank = replace(layout, name="one_rank")
-    worst_loss = 0.0
-    steps = zip(result(root, one_rank)["steps"], result(root, layout)["steps"], strict=True)
-    for number, (reference, step) in enumerate(steps):
-        for name in ("losses", "modules"):
-            found, wanted = torch.tensor(step[name]), torch.tensor(reference[name])
-            torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=1e-9, msg=f"step {number}, {name}")
-        assert step["norm"] == pytest.approx(reference["norm"], rel=TOLERANCE), f"step {number}"
-        pairs = zip(step["losses"], reference["losses"], strict=True)
-        worst_loss = max(worst_loss, *(abs(found - wanted) / max(wanted, 1e-9) for found, wanted in pairs))
+    worst_loss = compare_steps(result(root, layout)["steps"], result(root, one_rank)["steps"])
     worst = worst_gradient_difference(root / layout.model / "one_rank", root / layout.model / layout.name)
     print(f"{layout.model:18} {layout.name:14} losses {worst_loss:.1e}  worst gradient {worst[0]:.1e} {worst[1]}")
     assert worst[0] < TOLERANCE, worst

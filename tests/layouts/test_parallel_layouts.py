@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ from megatron_unimm.data.shapes import write_shapes
 TOLERANCE = 1e-4
 """Relative, of losses and norms, and of each gradient's norm. Measured worst case: see the table that `pytest -s`
 prints."""
+ROUTER_GAP = 3e-6
+"""Of logits. Tensor parallelism moves them by 7e-7 at most (measured), and a token that is nearer than that to a tie
+between its last expert and the next gets the other one: data and weights are such that none is."""
 WORKER = Path(__file__).with_name("worker.py")
 # Three levels for four layers: one travels between two stages, two between four chunks.
 DEEPSTACK = (
@@ -114,7 +119,7 @@ def start_worker(ranks: int, tasks: list[dict], worker: Path = WORKER) -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Results of one rank and of every layout, by model."""
     root = tmp_path_factory.mktemp("layouts")
-    write_shapes(root / "data", count=120, seed=3)
+    write_shapes(root / "data", count=120, seed=5)  # of 3 to 6, the one farthest from ties of routers: 1.9e-5
     data = [
         f"data.sources.{kind}.path={root}/data/train/{kind}.jsonl"
         for kind in ("understanding", "text_to_image", "editing")
@@ -163,23 +168,32 @@ def test_layout_equals_one_rank(layout: Layout, folders: dict[str, Path]) -> Non
     """Losses and gradient norms of three steps, and every tensor's gradient of the first."""
     folder = folders[layout.model]
     expected, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("one_rank", layout.name))
-    worst_loss = 0.0
-    for number, (reference, step) in enumerate(zip(expected["steps"], found["steps"], strict=True)):
-        for name in ("losses", "modules"):
-            torch.testing.assert_close(
-                torch.tensor(step[name]),
-                torch.tensor(reference[name]),
-                rtol=TOLERANCE,
-                atol=1e-9,
-                msg=f"step {number}, {name}",
-            )
-        assert step["norm"] == pytest.approx(reference["norm"], rel=TOLERANCE), f"step {number}"
-        worst_loss = max(
-            worst_loss, *(abs(a - b) / b for a, b in zip(step["losses"], reference["losses"], strict=True))
-        )
+    worst_loss = compare_steps(found["steps"], expected["steps"])
     worst = worst_gradient_difference(folder / "one_rank", folder / layout.name)
     print(f"{layout.name:12} losses {worst_loss:.1e}  worst gradient {worst[0]:.1e} {worst[1]}")
     assert worst[0] < TOLERANCE, worst
+
+
+def compare_steps(found: list[dict], expected: list[dict], names: Sequence[str] = ("losses", "modules")) -> float:
+    """Every step's figures of these names and gradient norm are those of one rank; the largest relative difference of a
+    loss."""
+    worst = 0.0
+    for number, (step, reference) in enumerate(zip(found, expected, strict=True)):
+        gap = reference["router_gap"]
+        assert gap is None or gap > ROUTER_GAP, f"step {number}: a token is {gap:.1e} from a tie between experts"
+        for name in names:
+            assert_close(step[name], reference[name], f"step {number}, {name}")
+        assert_close(step["norm"], reference["norm"], f"step {number}, norm")
+        pairs = zip(np.ravel(step["losses"]), np.ravel(reference["losses"]), strict=True)
+        worst = max(worst, *(abs(a - b) / max(b, 1e-9) for a, b in pairs))
+    return worst
+
+
+def assert_close(found: float | list, wanted: float | list, where: str) -> None:
+    def message(differences: str) -> str:
+        return f"{where}: {found}, one rank: {wanted}\n{differences}"
+
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=TOLERANCE, atol=1e-9, msg=message)
 
 
 def worst_gradient_difference(reference: Path, other: Path) -> tuple[float, str]:

@@ -12,7 +12,9 @@ longer than training.
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import megatron_unimm.parallel  # noqa: F401 isort: skip - before Megatron-Core, on a machine without a GPU
 
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_unimm.checkpoint.store import save
 from megatron_unimm.config.load import load_recipe
@@ -100,11 +103,13 @@ def run(folder: Path, stage: StageConfig, name: str) -> None:
     start = Start(folder / "start", resume=False)
     setup.fill(chunks, stage, method, start, groups)
     loader, total_steps = setup.open_data(stage, method, start, platform, groups)
+    router_gaps = watch_routers(chunks)
     wrapped = wrap_data_parallel(chunks, stage, groups)
     step = TrainStep(stage, method, wrapped, build_optimizer(wrapped, stage, groups), platform, groups)
     steps = []
     for number in range(NUM_STEPS):
         batch = next(loader)
+        router_gaps.clear()
         result = step.run(batch.rows, learning_rate(number, total_steps, stage.train.schedule))
         kinds = sorted({kind for row in batch.rows for kind in row.kinds})
         steps.append(
@@ -112,6 +117,7 @@ def run(folder: Path, stage: StageConfig, name: str) -> None:
                 "losses": result.losses.tolist(),
                 "norm": result.gradient_norm.item(),
                 "modules": result.module_norms.tolist(),
+                "router_gap": min(router_gaps, default=None),
                 "kinds": kinds,
                 "samples": sorted(name for row in batch.rows for name in row.sample_ids),
             }
@@ -121,6 +127,26 @@ def run(folder: Path, stage: StageConfig, name: str) -> None:
     loader.close()
     if dist.get_rank() == dist.get_world_size() - 1:
         (folder / f"{name}.json").write_text(json.dumps({"modules": step.meter.modules, "steps": steps}))
+
+
+def watch_routers(chunks: Sequence[torch.nn.Module]) -> list[float]:
+    """Grows with every call of a router by the smallest gap, over this rank's tokens, between the logits of the last
+    expert that a token takes and of the first that it leaves."""
+    gaps: list[float] = []
+
+    def watched(router: TopKRouter, routing: Callable[..., Any]) -> Callable[..., Any]:
+        def route(logits: torch.Tensor, **arguments: Any) -> Any:
+            best = logits.detach().flatten(0, -2).topk(router.topk + 1).values
+            gaps.append((best[:, -2] - best[:, -1]).min().item())
+            return routing(logits, **arguments)
+
+        return route
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.routing = watched(module, module.routing)
+    return gaps
 
 
 def gradient_state(wrapped: list[DistributedDataParallel], groups: ParallelGroups) -> dict:
