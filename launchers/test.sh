@@ -24,7 +24,5 @@ run_group() {
     [[ $status == 5 ]] || return "$status"
 }
 
-# Two processes, each of which takes a file at a time, so that what a file starts once is started once. Slow tests start
-# ranks, clusters and runs that already keep two cores busy: one process.
-run_group -n 2 --dist loadfile -m "not slow" "$@"
+run_group -m "not slow" "$@"
 run_group -m slow "$@"
