@@ -113,10 +113,7 @@ def _expert_rows(b: BackboneConfig) -> list[Row]:
     table = [
         row("pre_mlp_layernorm.weight", Copy(), (f"{layer}.post_attention_layernorm.weight", (h,))),
         row("mlp.router.weight", Copy(), (f"{layer}.mlp.gate.weight", (n, h))),
-        *(
-            row(f"mlp.router.{gate}_weight", Copy(), (f"{layer}.mlp.{gate}_gate.weight", (n, h)))
-            for gate in moe.gates
-        ),
+        *(row(f"mlp.router.{gate}_weight", Copy(), (f"{layer}.mlp.{gate}_gate.weight", (n, h))) for gate in moe.gates),
     ]
     up = row(
         "mlp.experts.experts.linear_fc1.weight",

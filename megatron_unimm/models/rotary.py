@@ -39,9 +39,7 @@ def mrope_angles(position_ids: Tensor, head_size: int, theta: float, sections: l
 
 def token_angles(position_ids: Tensor, model: BackboneConfig) -> Tensor:
     """The decoder's angles for positions ``[3, T]``: float32 ``[T, head_size / 2]``."""
-    return mrope_angles(
-        position_ids, model.head_size, model.rope_theta, model.mrope_sections, model.mrope_interleaved
-    )
+    return mrope_angles(position_ids, model.head_size, model.rope_theta, model.mrope_sections, model.mrope_interleaved)
 
 
 def _axis_of_frequency(sections: list[int], interleaved: bool, device: torch.device) -> Tensor:

@@ -6,10 +6,13 @@ hidden size, C width of the condition, P of the pooled one, F values of a patch 
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_unimm.config.mmdit import FluxConfig, MMDiT
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.models.flops import Work
 from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
+from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.trainable import is_frozen
 
 
@@ -89,3 +92,24 @@ def end_work(mmdit: MMDiT, load: MMDiTLoad) -> Work:
     """The last modulation, and the way to patches."""
     hidden = mmdit.hidden_size
     return Work(4.0 * hidden**2 * load.num_pictures + 2.0 * load.num_image * hidden * mmdit.patch_dim)
+
+
+def frames_load(num_text: int, num_image: int, frames: Frames) -> MMDiTLoad:
+    """What frames in streams of so many tokens ask."""
+    return MMDiTLoad(num_text, num_image, len(frames), *_pairs(frames))
+
+
+def _pairs(frames: Frames) -> tuple[float, float]:
+    """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
+    itself and the clean ones before, a noisy one with its condition itself, the same, and the shared conditions
+    before."""
+    joint = image = 0.0
+    tokens = frames.counts.astype(np.float64)
+    shared = np.zeros(len(frames)) if frames.num_shared is None else frames.num_shared
+    for place in range(len(frames)):
+        before = (frames.sample == frames.sample[place]) & (frames.number < frames.number[place])
+        seen, condition = float(tokens[before & frames.is_clean].sum()), float(frames.num_condition[place])
+        beside = 0.0 if frames.is_clean[place] else float(shared[before].sum())
+        joint += (tokens[place] + condition) * (tokens[place] + condition + seen + beside)
+        image += tokens[place] * (tokens[place] + seen)
+    return joint, image

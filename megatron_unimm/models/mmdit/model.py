@@ -10,8 +10,12 @@ Layout: see ``row.py``. Between pipeline stages travel the hidden states and, un
 
 so that one stage owns what makes the vectors and their gradients come back to it through the pipeline. (Making them
 anew on each stage would need copies of these weights there and a sum of their gradients over stages.)
+
+What is worked out of the hidden states between two layers (a :class:`Tap`) travels as one more row of every rank.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +62,44 @@ class MMDiTInput:
     """``[t_image, H]``: added to the tokens of patches."""
 
 
+@dataclass
+class Tap:
+    """A number that is worked out of the image stream after one of the layers (``tap_after``), wherever in the pipeline
+    that is, for the last stage."""
+
+    look: Callable[[Tensor], Tensor]
+    """From hidden states ``[t_image, H]`` to a scalar."""
+    value: Tensor | None = None
+    """float32 scalar: what was found, once the layers up to here have run. In bfloat16 three numbers carry it between
+    stages, so that it is the same; its gradient comes back through one of them."""
+
+    def row(self, like_s1H: Tensor) -> Tensor:
+        """``[1, 1, H]`` for the next stage; zeros before the layer."""
+        row = like_s1H.new_zeros(like_s1H.shape[-1])
+        if self.value is None:
+            return row[None, None]
+        parts, rest = [], self.value
+        for _ in range(CARRIED_NUMBERS):
+            parts.append(rest.to(row.dtype))
+            rest = (rest - parts[-1]).detach()
+        return torch.cat([torch.stack(parts), row[CARRIED_NUMBERS:]])[None, None]
+
+    def read(self, row_11H: Tensor) -> None:
+        """What the stage before sent."""
+        self.value = row_11H[0, 0, :CARRIED_NUMBERS].float().sum()
+
+
+CARRIED_NUMBERS = 3
+"""bfloat16 has 8 bits, float32 24."""
+
+
 class MMDiT(MegatronModule):
-    """One stage. ``backend``: see ``models/specs.py``."""
+    """One stage.
+
+    Args:
+        backend: see ``models/specs.py``.
+        tap_after: the layer (1 first) whose output a :class:`Tap` looks at; None for none.
+    """
 
     def __init__(
         self,
@@ -70,6 +110,7 @@ class MMDiT(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         virtual_stage: int | None = None,
+        tap_after: int | None = None,
     ) -> None:
         super().__init__(config)
         self.tp_group = groups.tp
@@ -90,31 +131,55 @@ class MMDiT(MegatronModule):
             pg_collection=groups,
             vp_stage=virtual_stage,
         )
+        self.has_tap = tap_after is not None and first < tap_after <= first + count
+        """Whether the layer is on this stage."""
+        self.is_behind_tap = tap_after is not None and tap_after <= first
+        self._halves = [] if tap_after is None or not self.has_tap else _split(self.blocks, tap_after - first)
         if post_process:
             self.final_modulation = Modulation(2, config, groups)
             self.final_linear = torch.nn.Linear(model.hidden_size, model.patch_dim)
 
-    def forward(self, row: MMDiTRow, inputs: MMDiTInput | None, received: Tensor | None) -> Tensor:
-        """The velocity ``[t_image, patch dim]`` on the last stage, else what the next one takes, ``[s + n, 1, H]``.
+    def forward(
+        self, row: MMDiTRow, inputs: MMDiTInput | None, received: Tensor | None, tap: Tap | None = None
+    ) -> Tensor:
+        """The velocity ``[t_image, patch dim]`` on the last stage, else what the next one takes, ``[s + n, 1, H]``,
+        and a row more with a tap.
 
         Args:
             inputs: on the first stage. received: on the others.
+            tap: has its value on the last stage, then.
         """
         if inputs is not None:
             hidden, vectors = self._embed(inputs)  # [s, 1, H], [n, H]
         else:
             assert received is not None
+            if tap is not None:
+                # A number for the last stage, or zeros.
+                received, carried = received.split([len(received) - 1, 1])
+                if self.is_behind_tap:
+                    tap.read(carried)
             hidden, vectors = self._unpack(received, row)
-        # Megatron-Core reads a later stage's input from a field that its schedule sets; ours is cut up first.
-        self.blocks.input_tensor = hidden
         activated = F.silu(vectors)
-        hidden = self.blocks(hidden, attention_mask=None, context=activated, packed_seq_params=row)  # [s, 1, H]
+        if tap is not None and self.has_tap:
+            before, behind = self._halves
+            hidden = self._through(before, hidden, activated, row)
+            tap.value = tap.look(self._gather(row.streams(hidden)[1])[:, 0])
+            hidden = self._through(behind, hidden, activated, row)
+        else:
+            hidden = self._through(self.blocks, hidden, activated, row)  # [s, 1, H]
         if not self.post_process:
-            return self._pack(hidden, vectors)
+            packed = self._pack(hidden, vectors)
+            return packed if tap is None else torch.cat([packed, tap.row(packed)])
         scale, shift = self.final_modulation(activated)
         image = row.streams(hidden)[1]  # [s_image, 1, H]
         image = self._gather(modulate(plain_norm(image), shift, scale, row.image_vectors))  # [t_image, 1, H]
         return self.final_linear(image[:, 0])  # [t_image, patch dim]
+
+    def _through(self, blocks: TransformerBlock, hidden: Tensor, activated: Tensor, row: MMDiTRow) -> Tensor:
+        blocks.training = self.blocks.training
+        # Megatron-Core reads a later stage's input from a field that its schedule sets; ours is cut up first.
+        blocks.input_tensor = hidden
+        return blocks(hidden, attention_mask=None, context=activated, packed_seq_params=row)
 
     def _embed(self, inputs: MMDiTInput) -> tuple[Tensor, Tensor]:
         """Both streams ``[s, 1, H]``, and the conditioning vectors ``[n, H]``."""
@@ -144,3 +209,15 @@ class MMDiT(MegatronModule):
         if not self.config.sequence_parallel:
             return rows_s1H
         return gather_from_sequence_parallel_region(rows_s1H, tensor_parallel_output_grad=False, group=self.tp_group)
+
+
+def _split(blocks: TransformerBlock, place: int) -> list[TransformerBlock]:
+    """The layers before and behind a place, as blocks that share them. Recompute asks a block for its layers by number
+    when it runs backwards, so that one block cannot run one part after the other."""
+    halves = []
+    for layers in (blocks.layers[:place], blocks.layers[place:]):
+        half = copy.copy(blocks)
+        half._modules = {**blocks._modules, "layers": layers}
+        half.num_layers_per_pipeline_rank = len(layers)
+        halves.append(half)
+    return halves

@@ -58,9 +58,7 @@ class Projector(MegatronModule):
 def _two_linears(
     in_size: int, inner_size: int, out_size: int, config: TransformerConfig, groups: ProcessGroupCollection
 ) -> tuple[ColumnParallelLinear, RowParallelLinear]:
-    shared = dict(
-        config=config, init_method=config.init_method, bias=True, tp_group=groups.tp, skip_bias_add=False
-    )
+    shared = dict(config=config, init_method=config.init_method, bias=True, tp_group=groups.tp, skip_bias_add=False)
     return (
         ColumnParallelLinear(in_size, inner_size, gather_output=False, **shared),
         RowParallelLinear(inner_size, out_size, input_is_parallel=True, **shared),
