@@ -1,5 +1,5 @@
-"""HieraQuery's stages at every layout against one rank: same checkpoint, same data, same noise, fp32; and the same losses
-of conditions, latents and features that were computed beforehand."""
+"""HieraQuery's stages at every layout against one rank: same checkpoint, same data, same noise, fp32; and the same
+losses of conditions, latents and features that were computed beforehand."""
 
 import json
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""HieraQuery's stage on one rank: queries, condition, losses and gradients against a computation of each frame by itself,
-and the VLM as it was before."""
+"""HieraQuery's stage on one rank: queries, condition, losses and gradients against a computation of each frame by
+itself, and the VLM as it was before."""
 
 from collections.abc import Sequence
 from pathlib import Path
