@@ -2,13 +2,16 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.flow import FlowConfig, SamplerConfig
 from megatron_unimm.config.lora import LoraConfig
 from megatron_unimm.config.model import VisionHeadConfig
 from megatron_unimm.config.rl import FlowGrpoConfig
+
+Trunk = Literal["backbone", "mmdit", "tokenizer"]
+"""The part of a method that is spread over the whole layout."""
 
 
 class LossWeights(Section):
@@ -23,7 +26,7 @@ class OrionConfig(Section):
     """ORION, decoupling and alignment (papers: Hu et al., ICLR 2026)."""
 
     name: Literal["orion"] = "orion"
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
+    trunk: ClassVar[Trunk] = "backbone"
     """The part that is spread over the whole layout; every method's section says so."""
     needs_queries: ClassVar[bool] = False
     """Whether it wants the stage's section queries; every method's section says so."""
@@ -58,7 +61,7 @@ class OrionDecoderConfig(Section):
     Nexus-Gen's)."""
 
     name: Literal["orion_decoder"]
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    trunk: ClassVar[Trunk] = "mmdit"
     needs_queries: ClassVar[bool] = False
     connector: ConnectorConfig = ConnectorConfig()
     flow: FlowConfig = FlowConfig()
@@ -93,7 +96,7 @@ class MMCoreConfig(Section):
     """MMCORE's first stage: a VLM that predicts visual latents (arXiv 2604.19902, section 3.1)."""
 
     name: Literal["mmcore"]
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
+    trunk: ClassVar[Trunk] = "backbone"
     needs_queries: ClassVar[bool] = True
     loss_weights: MMCoreLossWeights = MMCoreLossWeights()
 
@@ -122,7 +125,7 @@ Pathways = Literal["both", "visual", "text"]
 class MMCoreDrawing(Section):
     """What the stages of MMCORE share that train its diffusion transformer (section 3.2)."""
 
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    trunk: ClassVar[Trunk] = "mmdit"
     needs_queries: ClassVar[bool] = True
     sampler: SamplerConfig = SamplerConfig(guidance_scale=3.0, image_guidance_scale=1.5)
     """How pictures are drawn unless the command says otherwise. ``image_guidance_scale`` is that of the visual
@@ -175,12 +178,66 @@ class MMCorePolicyConfig(MMCoreDrawing):
     grpo: FlowGrpoConfig
 
 
+class TokenizerLossWeights(Section):
+    """Of SPAR's tokenizer. The text gives none; those of perceptual and self-distillation are UniLIP's (arXiv
+    2507.23278)."""
+
+    l1: float = Field(default=1.0, ge=0)
+    """Of pixels in [-1, 1]."""
+    l2: float = Field(default=1.0, ge=0)
+    perceptual: float = Field(default=1.1, ge=0)
+    """Over features of the base model's vision encoder."""
+    semantic: float = Field(default=1.0, ge=0)
+    """Self-distillation: the semantic stream to the visual tokens of the encoder as it was at first, by the cosine."""
+    latent: float = Field(default=1.0, ge=0)
+    """The same of what is read out of the latents."""
+
+
+class AdversarialConfig(Section):
+    """A patch discriminator beside the tokenizer. Both learn in one step, each from its own loss alone: the
+    discriminator's hinge loss does not reach the pictures, nor the pictures' loss the discriminator. Its learning rate
+    is a rule of ``train.trainable`` for ``discriminator.*``."""
+
+    weight: float = Field(default=0.75, gt=0)
+    """RAE's (arXiv 2510.11690)."""
+    adaptive: bool = True
+    """Multiply the weight, row by row, by the ratio of the gradients that the pixel losses and this one have at the
+    decoder's last layer (VQGAN, arXiv 2012.09841, equation 7)."""
+    channels: list[int] = Field(default=[64, 128, 256], min_length=1)
+    """Of convolutions, each of which halves the picture."""
+    norm_groups: int = Field(default=8, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "AdversarialConfig":
+        wrong = [channels for channels in self.channels[1:] if channels % self.norm_groups]
+        if wrong:
+            raise ValueError(f"channels {wrong} are no multiples of norm_groups {self.norm_groups}")
+        return self
+
+
+class SparTokenizerConfig(Section):
+    """SPAR's first stage: the dual-stream tokenizer on pictures (arXiv 2606.23041)."""
+
+    name: Literal["spar_tokenizer"]
+    trunk: ClassVar[Trunk] = "tokenizer"
+    needs_queries: ClassVar[bool] = False
+    loss_weights: TokenizerLossWeights = TokenizerLossWeights()
+    perceptual_layers: list[int] = Field(default_factory=list)
+    """Zero-based layers of the vision encoder whose outputs the perceptual loss compares, beside its visual tokens."""
+    adversarial: AdversarialConfig | None = None
+
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Nothing beyond the tokenizer."""
+        return {}
+
+
 METHODS: dict[str, type[Section]] = {
     "orion": OrionConfig,
     "orion_decoder": OrionDecoderConfig,
     "mmcore": MMCoreConfig,
     "mmcore_diffusion": MMCoreDiffusionConfig,
     "mmcore_policy": MMCorePolicyConfig,
+    "spar_tokenizer": SparTokenizerConfig,
 }
 """By name."""
 
@@ -190,5 +247,7 @@ def _orion_by_default(value: Any) -> Any:
     return {"name": "orion", **value} if isinstance(value, dict) else value
 
 
-AnyMethod = OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig | MMCorePolicyConfig
+AnyMethod = (
+    OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig | MMCorePolicyConfig | SparTokenizerConfig
+)
 MethodConfig = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_orion_by_default)]

@@ -15,6 +15,8 @@ from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
 from megatron_unimm.methods.orion.footprint import OrionFootprints
 from megatron_unimm.methods.orion.method import Orion
+from megatron_unimm.methods.spar.tokenizer.footprint import TokenizerFootprints
+from megatron_unimm.methods.spar.tokenizer.method import SparTokenizer
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -24,6 +26,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "mmcore": MMCore,
     "mmcore_diffusion": MMCoreDiffusion,
     "mmcore_policy": MMCorePolicy,
+    "spar_tokenizer": SparTokenizer,
 }
 
 
@@ -38,6 +41,7 @@ FOOTPRINTS: dict[str, Footprints] = {
     "mmcore": MMCoreFootprints(),
     "mmcore_diffusion": DiffusionFootprints(),
     "mmcore_policy": PolicyFootprints(),
+    "spar_tokenizer": TokenizerFootprints(),
 }
 
 

@@ -65,7 +65,14 @@ GENERATOR = (
     "generator.mmdit.latent_channels=4",
     "generator.vae={latent_channels: 4, block_channels: [8, 8, 8, 8], norm_groups: 4}",
 )
-RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR))
+TOKENIZER = (
+    "tokenizer.latent_channels=8",
+    "tokenizer.semantic={num_layers: 1, hidden_size: 32, num_heads: 2, mlp_size: 48}",
+    "tokenizer.pixel={num_layers: 2, hidden_size: 32, num_heads: 2, mlp_size: 48, encoder_layers: [0, 1]}",
+    "tokenizer.decoder={num_layers: 2, hidden_size: 32, num_heads: 4, mlp_size: 64, channels: 8, num_blocks: 1,"
+    " norm_groups: 4}",
+)
+RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {"spar": (*SMALL, *TOKENIZER)}
 """With smaller models, of four layers."""
 
 

@@ -6,8 +6,9 @@ mean over the N queries of a picture is one over all queries of the global batch
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_unimm.models.alignment import cosine_distances
 
 TERMS = ("llm", "vis")
 """Names and order of the loss terms."""
@@ -19,7 +20,7 @@ def visual_alignment_loss(latents_qD: Tensor, target_qD: Tensor) -> Tensor:
     Args:
         latents_qD: F_θ(Q). target_qD: v, detached.
     """
-    return (1 - F.cosine_similarity(latents_qD.float(), target_qD.detach().float(), dim=-1)).sum()
+    return cosine_distances(latents_qD, target_qD).sum()
 
 
 def stack_terms(llm: Tensor, vis: Tensor) -> Tensor:
