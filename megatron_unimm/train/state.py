@@ -40,6 +40,7 @@ NEW_PARTS = (
     "vit_features.*",
     "tokenizer.*",
     "discriminator.*",
+    "*.layer_router.*",
     ADAPTERS,
 )
 """Parts that a base model may lack; they keep their fresh weights."""

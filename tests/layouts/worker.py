@@ -72,7 +72,8 @@ TOKENIZER = (
     "tokenizer.decoder={num_layers: 2, hidden_size: 32, num_heads: 4, mlp_size: 64, channels: 8, num_blocks: 1,"
     " norm_groups: 4}",
 )
-RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {"spar": (*SMALL, *TOKENIZER)}
+RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR))
+RECIPES["spar"] = (*SMALL, *TOKENIZER, "queries.num_queries=4")
 """With smaller models, of four layers."""
 
 
