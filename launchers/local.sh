@@ -16,6 +16,6 @@ cd "$(dirname "$0")/.."
 source launchers/setup_env.sh
 ensure_env .venv
 # A port of its own, so that several trainings run beside each other.
-MASTER_PORT="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+MASTER_PORT="$(free_port)"
 export MASTER_PORT NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 RUN_ID=$$
 exec launchers/node.sh "$@"

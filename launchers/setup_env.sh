@@ -2,6 +2,7 @@
 # Sourced by other launchers: a Python environment with this package in it.
 #
 #   ensure_env FOLDER [EXTRAS]    makes or completes the virtual environment FOLDER and puts it first on PATH
+#   free_port                     prints a port that nobody on this machine listens at
 #
 # What the caller can set:
 #   UNIMM_VENV=DIR         use the environment DIR in place of FOLDER
@@ -53,4 +54,8 @@ ensure_env() {
     python -c 'import torch' 2>/dev/null || install_torch || return 2
     python -m pip install --quiet -e ".$extras" || return 2
     cp pyproject.toml "$stamp"
+}
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }

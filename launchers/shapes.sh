@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Any recipe of the Shapes world end to end, as quickstart.sh does it for ORION: makes the environment, the data and the base
-# checkpoints, trains all stages of the recipe on two ranks, draws, and prints what came of it. Needs no GPU.
+# checkpoints, trains all stages of the recipe on two ranks, draws, and prints what came of it. What a frozen VLM says is
+# computed once, into cache/ of the run. Needs no GPU.
 #
 #   launchers/shapes.sh configs/mmcore/shapes.yaml                   into runs/mmcore; started again, it goes on where it was
 #   launchers/shapes.sh configs/mmcore/shapes.yaml train.steps=20    any recipe setting, for all stages

@@ -4,15 +4,21 @@
 
 step() { printf '\n== %s\n' "$*"; }
 
+# settings_of WORD...: those that are KEY=VALUE, a line each; beside them there may be options of `unimm train`.
+settings_of() {
+    local word
+    for word in "$@"; do
+        [[ "$word" != [!-]*=* ]] || printf '%s\n' "$word"
+    done
+}
+
 # read_plan RECIPE [KEY=VALUE]...: sets recipe, run (the folder that the recipe's imported models lie in), base, generator,
 # kinds of data, stages, steps of each, and which of them learn from cached conditions.
 read_plan() {
-    local plan line word settings=()
+    local plan line settings
     recipe="$1" base="" generator="" kinds=() stages=()
     declare -gA steps=() cached=()
-    for word in "${@:2}"; do  # beside settings there may be options of `unimm train`
-        [[ "$word" != [!-]*=* ]] || settings+=("$word")
-    done
+    mapfile -t settings < <(settings_of "${@:2}")
     plan="$(python tools/shapes_plan.py "$recipe" "${settings[@]}")" || return
     while read -ra line; do
         case "${line[0]}" in
@@ -62,10 +68,7 @@ import_models() {
 # train_stages [KEY=VALUE]...: all stages on two ranks (on a single GPU: one), for `short` steps of each (a quarter of the
 # recipe's where that says nothing), or with FULL=1 for as long as the recipe says. `layout` has settings of a stage's ranks.
 train_stages() {
-    local ranks=2 stage settings options=() word
-    for word in "$@"; do
-        [[ "$word" == -* || "$word" != *=* ]] || options+=("$word")
-    done
+    local ranks=2 stage settings
     if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi --list-gpus | wc -l)" == 1 ]]; then
         ranks=1
         layout=()
@@ -74,7 +77,7 @@ train_stages() {
         step "Stage $stage on $ranks ranks"
         settings=()
         if [[ -n "${cached[$stage]:-}" ]]; then
-            make_cache "$stage" "$ranks" "${options[@]}"
+            make_cache "$stage" "$ranks" "$@"
             settings+=("data.condition_cache=$run/cache/conditions" "data.latent_cache=$run/cache/latents")
         fi
         [[ "${FULL:-0}" == 1 ]] || settings+=("train.steps=${short[$stage]:-$(((steps[$stage] + 3) / 4))}")
@@ -86,12 +89,13 @@ train_stages() {
 
 # make_cache STAGE RANKS [KEY=VALUE]...: what the frozen VLM says of each conversation, and latents of the pictures.
 make_cache() {
-    local port
+    local port settings
     [[ ! -f "$run/cache/conditions/visual/meta.json" || ! -f "$run/cache/latents/meta.json" ]] || return 0
     step "Computing once what the frozen VLM says"
-    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    port="$(free_port)"
+    mapfile -t settings < <(settings_of "${@:3}")
     OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m megatron_unimm.cli.torchrun --nproc-per-node "$2" \
-        --master-port "$port" -m megatron_unimm.cli data cache "$recipe" "${@:3}" --stage "$1" --to "$run/cache" \
+        --master-port "$port" -m megatron_unimm.cli data cache "$recipe" "${settings[@]}" --stage "$1" --to "$run/cache" \
         --run-dir "$run"
 }
 
