@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_worker import results
+from drawing_worker import results
 from tiny_checkpoint import DEEPSTACK, make_checkpoints
 
 from megatron_unimm.generate.api import Generator
@@ -55,7 +55,7 @@ def folder(tiny: Path) -> Path:
 
 def run_worker(folder: Path, tasks: list[dict[str, Any]]) -> None:
     """One start serves all layouts, since importing takes longest."""
-    worker = Path(__file__).with_name("layout_worker.py")
+    worker = Path(__file__).with_name("drawing_worker.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command = [sys.executable, *launcher, str(worker), str(folder), json.dumps(tasks)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
