@@ -1,7 +1,7 @@
 """Answers the conversations of tiny_checkpoint.py at one layout after another, and writes down what was said.
 
-usage, under torchrun: drawing_worker.py FOLDER TASKS; TASKS is a JSON list of {"name": …, "tensor": …, "pipeline": …} or
-{"name": …, "overrides": […]}
+usage, under torchrun: drawing_worker.py FOLDER TASKS; TASKS is a JSON list of {"name": …, "tensor": …, "pipeline": …}
+or {"name": …, "overrides": […]}
 
 The first kind loads the checkpoint FOLDER/run; the second builds the model as training does and decodes with it as it
 is. Rank 0 writes FOLDER/NAME.pt, and the last rank FOLDER/NAME.last.pt.
