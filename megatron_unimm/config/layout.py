@@ -6,6 +6,7 @@ Checked before any process group exists, so that a wrong layout ends in one line
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_unimm.config.mmdit import SanaConfig
 from megatron_unimm.config.model import MoEConfig
 from megatron_unimm.config.parallel import Fp8Config, ParallelConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
@@ -33,6 +34,8 @@ class Trunk:
     widths: dict[str, int]
     """Sides of its matrices that FP8 products see, before tensor parallelism cuts those in ``cut``."""
     cut: frozenset[str]
+    along_context: bool = True
+    """Whether context-parallel ranks can share its rows."""
 
 
 def trunk_of(stage: StageConfig) -> Trunk:
@@ -68,16 +71,21 @@ def _backbone_trunk(stage: StageConfig) -> Trunk:
 def _mmdit_trunk(stage: StageConfig) -> Trunk:
     assert stage.generator is not None
     mmdit = stage.generator.mmdit
-    heads, width = "generator.mmdit.num_heads", "generator.mmdit.num_heads x head_size"
     blocks = "num_layers + num_single_layers" if mmdit.family == "flux" else "num_layers"
+    sharded = {"num_heads": mmdit.num_heads}
+    cut = {"num_heads x head_size": mmdit.hidden_size}
+    if isinstance(mmdit, SanaConfig):
+        sharded |= {"num_cross_heads": mmdit.num_cross_heads, "mlp_ratio x hidden_size": mmdit.mlp_size}
+        cut |= {"num_cross_heads x cross_head_size": mmdit.cross_size, "mlp_ratio x hidden_size": mmdit.mlp_size}
     return Trunk(
         "generator.mmdit",
         f"generator.mmdit.{blocks}",
         mmdit.num_blocks,
         mmdit.num_heads,
-        {heads: mmdit.num_heads},
-        {"generator.mmdit.hidden_size": mmdit.hidden_size, width: mmdit.hidden_size},
-        frozenset([width]),
+        {f"generator.mmdit.{field}": size for field, size in sharded.items()},
+        {f"generator.mmdit.{field}": size for field, size in {"hidden_size": mmdit.hidden_size, **cut}.items()},
+        frozenset(f"generator.mmdit.{field}" for field in cut),
+        along_context=mmdit.along_context,
     )
 
 
@@ -111,6 +119,11 @@ def _check_switches(parallel: ParallelConfig, trunk: Trunk, moe: MoEConfig | Non
     if parallel.sequence and parallel.tensor == 1:
         raise _error(
             "sequence", "true, but tensor is 1; sequence parallel needs tensor > 1, set it to false or raise tensor"
+        )
+    if parallel.context > 1 and not trunk.along_context:
+        raise _error(
+            "context",
+            f"{parallel.context}, but the convolutions of {trunk.name} (family sana) see a picture whole; set it to 1",
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         chunks = parallel.virtual_pipeline

@@ -27,6 +27,8 @@ class OrionConfig(Section):
     """The part that is spread over the whole layout; every method's section says so."""
     needs_queries: ClassVar[bool] = False
     """Whether it wants the stage's section queries; every method's section says so."""
+    looks_back: ClassVar[bool] = False
+    """Whether a picture that is drawn sees those before it; every method's section says so."""
     vision_head: VisionHeadConfig = VisionHeadConfig()
     loss_weights: LossWeights = LossWeights()
     token_noise: float = Field(default=0.0, ge=0)
@@ -60,6 +62,7 @@ class OrionDecoderConfig(Section):
     name: Literal["orion_decoder"]
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
     needs_queries: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
     connector: ConnectorConfig = ConnectorConfig()
     flow: FlowConfig = FlowConfig()
     sampler: SamplerConfig = SamplerConfig(guidance_scale=1.0)
@@ -95,6 +98,7 @@ class MMCoreConfig(Section):
     name: Literal["mmcore"]
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
     needs_queries: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = False
     loss_weights: MMCoreLossWeights = MMCoreLossWeights()
 
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
@@ -124,6 +128,7 @@ class MMCoreDrawing(Section):
 
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
     needs_queries: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
     sampler: SamplerConfig = SamplerConfig(guidance_scale=3.0, image_guidance_scale=1.5)
     """How pictures are drawn unless the command says otherwise. ``image_guidance_scale`` is that of the visual
     latents, ``guidance_scale`` that of the words on top of them."""

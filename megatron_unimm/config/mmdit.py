@@ -1,16 +1,24 @@
-"""Sections of the image generator: a multimodal diffusion transformer (MMDiT) over the latents of a VAE."""
+"""Sections of the image generator: a diffusion transformer over the latents of a VAE. Most are multimodal (MMDiT),
+which gave the section its name."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_unimm.config.base import Section
 
 
-class MMDiTConfig(Section):
-    """What the MMDiTs share: a text and an image stream that attend to each other, modulated by timestep and a pooled
-    vector (arXiv 2403.03206, figure 2)."""
+class DiffusionTransformerConfig(Section):
+    """What all diffusion transformers share: tokens of an image and of its condition, modulated by the timestep."""
 
+    vae_family: ClassVar[str] = "autoencoder_kl"
+    """Of the VAE that its pipelines have in diffusers."""
+    rows_per_vector: ClassVar[int] = 1
+    """Rows of hidden states that a conditioning vector takes between pipeline stages."""
+    along_context: ClassVar[bool] = True
+    """Whether context-parallel ranks can share its rows."""
+    looks_back: ClassVar[bool] = True
+    """Whether a picture can see those before it (``models/mmdit/visibility.py``)."""
     num_heads: int = Field(gt=0)
     head_size: int = Field(gt=0)
     latent_channels: int = Field(default=16, gt=0)
@@ -19,8 +27,6 @@ class MMDiTConfig(Section):
     """Side of a patch in latents."""
     condition_size: int = Field(gt=0)
     """Width of the condition's tokens (diffusers: joint_attention_dim)."""
-    pooled_size: int = Field(gt=0)
-    """Width of the pooled condition (diffusers: pooled_projection_dim)."""
 
     @property
     def hidden_size(self) -> int:
@@ -31,6 +37,21 @@ class MMDiTConfig(Section):
     def patch_dim(self) -> int:
         """Number of values in one patch of latents."""
         return self.latent_channels * self.patch_size**2
+
+
+class MMDiTConfig(DiffusionTransformerConfig):
+    """What the MMDiTs share: a text and an image stream that attend to each other, modulated by timestep and a pooled
+    vector (arXiv 2403.03206, figure 2)."""
+
+    mlp_ratio: ClassVar[int] = 4
+    """Hidden width of the MLPs over that of the model."""
+    pooled_size: int = Field(gt=0)
+    """Width of the pooled condition (diffusers: pooled_projection_dim)."""
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the MLPs."""
+        return self.mlp_ratio * self.hidden_size
 
 
 class Sd3Config(MMDiTConfig):
@@ -65,6 +86,11 @@ class Sd3Config(MMDiTConfig):
         """Layers of all kinds."""
         return self.num_layers
 
+    @property
+    def attention_kinds(self) -> tuple[str, ...]:
+        """Kinds of attention that its blocks have, see ``models/mmdit/visibility.py``."""
+        return ("joint", "image") if self.dual_attention_layers else ("joint",)
+
 
 class FluxConfig(MMDiTConfig):
     """FLUX.1: double-stream blocks, then single-stream blocks over both; rotary positions (technical report of Black
@@ -95,13 +121,63 @@ class FluxConfig(MMDiTConfig):
         """Layers of both kinds."""
         return self.num_layers + self.num_single_layers
 
+    @property
+    def attention_kinds(self) -> tuple[str, ...]:
+        """As of SD3."""
+        return ("joint",)
 
-MMDiT = Annotated[Sd3Config | FluxConfig, Field(discriminator="family")]
+
+class SanaConfig(DiffusionTransformerConfig):
+    """SANA: an image stream of linear attention, cross attention to the condition, and feed-forward layers with a
+    depthwise convolution over the picture, which stand in for positions (arXiv 2410.10629, figure 5).
+
+    Built is what the published 0.6B and 1.6B of 512 and 1024 pixels have: no positions (diffusers:
+    ``interpolation_scale``), no norm of queries and keys, no guidance embedding.
+    """
+
+    family: Literal["sana"]
+    guidance: ClassVar[bool] = False
+    pooled_size: ClassVar[int] = 0
+    vae_family: ClassVar[str] = "dc_ae"
+    rows_per_vector: ClassVar[int] = 7
+    """The timestep's vector and the six that modulate all blocks (PixArt's adaLN-single, arXiv 2310.00426)."""
+    along_context: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
+    attention_kinds: ClassVar[tuple[str, ...]] = ("image", "cross")
+    num_layers: int = Field(gt=0)
+    num_cross_heads: int = Field(gt=0)
+    cross_head_size: int = Field(gt=0)
+    mlp_ratio: float = Field(default=2.5, gt=0)
+    """Hidden width of the feed-forward layers (of values and of gates each) over that of the model."""
+    attention_bias: bool = False
+    """Biases of the linear attention's queries, keys and values."""
+    latent_channels: int = Field(default=32, gt=0)
+    patch_size: int = Field(default=1, gt=0)
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the feed-forward layers: values, and as many gates."""
+        return int(self.mlp_ratio * self.hidden_size)
+
+    @property
+    def cross_size(self) -> int:
+        """Width of the cross attention."""
+        return self.num_cross_heads * self.cross_head_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Layers."""
+        return self.num_layers
+
+
+MMDiT = Annotated[Sd3Config | FluxConfig | SanaConfig, Field(discriminator="family")]
 
 
 class VaeConfig(Section):
     """diffusers' AutoencoderKL (arXiv 2112.10752)."""
 
+    family: Literal["autoencoder_kl"] = Field(default="autoencoder_kl", exclude=True)
+    """May be left out; it is never written, so that checkpoints and caches of before there were others stay valid."""
     latent_channels: int = Field(default=16, gt=0)
     block_channels: list[int] = Field(default=[128, 256, 512, 512], min_length=1)
     """Channels of each resolution; all but the last halve the picture."""
@@ -130,15 +206,85 @@ class VaeConfig(Section):
         return self
 
 
+class DcAeStage(Section):
+    """One resolution of a half of DC-AE: residual blocks, or EfficientViT's (linear attention over several scales)."""
+
+    BLOCKS: ClassVar[dict[bool, str]] = {False: "ResBlock", True: "EfficientViTBlock"}
+    """diffusers' name of its blocks, by ``attention``."""
+    channels: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    attention: bool
+    """EfficientViT's blocks in place of residual ones."""
+    scales: list[int] = Field(default_factory=list)
+    """Kernels by which its queries, keys and values are gathered from neighbours, beside themselves."""
+
+
+class DcAeConfig(Section):
+    """diffusers' AutoencoderDC, which makes a picture much smaller and draws nothing by chance (arXiv 2410.10733).
+
+    Numbers and choices that all published ones for SANA share (RMSNorm, SiLU, strided convolutions down, interpolation
+    up) are those of ``models/vae.py``.
+    """
+
+    family: Literal["dc_ae"]
+    latent_channels: int = Field(default=32, gt=0)
+    attention_head_size: int = Field(default=32, gt=0)
+    encoder: list[DcAeStage] = Field(min_length=1)
+    """Each resolution; all but the last halve the picture."""
+    decoder: list[DcAeStage] = Field(min_length=1)
+    """In the encoder's order."""
+    scaling_factor: float = Field(gt=0)
+    """Latents as the diffusion transformer sees them are z * scaling_factor."""
+    sample_size: int = Field(default=2048, gt=0)
+    """Side in pixels above which pictures are worked on in tiles; 2048 x 512 is the longest of SANA's 1024 x 1024."""
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """As of VaeConfig."""
+        return 2 ** (len(self.encoder) - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "DcAeConfig":
+        if len(self.encoder) != len(self.decoder):
+            raise ValueError(
+                f"encoder has {len(self.encoder)} resolutions, decoder {len(self.decoder)}; give both as many"
+            )
+        for half in (self.encoder, self.decoder):
+            for stage in half:
+                if stage.channels % (self.attention_head_size if stage.attention else 1):
+                    raise ValueError(
+                        f"channels {stage.channels} are no multiple of attention_head_size {self.attention_head_size}"
+                    )
+            if half[-1].channels % self.latent_channels:
+                raise ValueError(
+                    f"channels {half[-1].channels} of the last resolution are no multiple of latent_channels "
+                    f"{self.latent_channels}"
+                )
+        return self
+
+
+def _kl_by_default(value: Any) -> Any:
+    """Recipes and checkpoints may leave the family of an AutoencoderKL out."""
+    return {"family": "autoencoder_kl", **value} if isinstance(value, dict) else value
+
+
+Vae = Annotated[Annotated[VaeConfig | DcAeConfig, Field(discriminator="family")], BeforeValidator(_kl_by_default)]
+
+
 class ImageGeneratorConfig(Section):
-    """What draws: an MMDiT and the VAE whose latents it makes."""
+    """What draws: a diffusion transformer and the VAE whose latents it makes."""
 
     mmdit: MMDiT
-    vae: VaeConfig | None = None
+    vae: Vae | None = None
     """None where a transformer was imported alone, which can be converted and not trained."""
 
     @model_validator(mode="after")
     def _check(self) -> "ImageGeneratorConfig":
+        if self.vae is not None and self.mmdit.vae_family != self.vae.family:
+            raise ValueError(
+                f"mmdit.family {self.mmdit.family} draws latents of a VAE of family {self.mmdit.vae_family}, but "
+                f"vae.family is {self.vae.family}"
+            )
         if self.vae is not None and self.mmdit.latent_channels != self.vae.latent_channels:
             raise ValueError(
                 f"mmdit.latent_channels {self.mmdit.latent_channels} differs from vae.latent_channels "

@@ -7,12 +7,23 @@ from megatron_unimm.convert.ming import MING_LITE_OMNI
 from megatron_unimm.convert.pipeline import architectures_of
 from megatron_unimm.convert.qwen2_5_vl import QWEN2_5_VL
 from megatron_unimm.convert.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
+from megatron_unimm.convert.sana import SANA
 from megatron_unimm.convert.sd3 import SD3
 from megatron_unimm.convert.siglip import SIGLIP, SIGLIP2
 from megatron_unimm.convert.table import Family
 from megatron_unimm.errors import CheckpointError
 
-FAMILIES: tuple[Family, ...] = (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, MING_LITE_OMNI, SIGLIP, SIGLIP2, SD3, FLUX)
+FAMILIES: tuple[Family, ...] = (
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    MING_LITE_OMNI,
+    SIGLIP,
+    SIGLIP2,
+    SD3,
+    FLUX,
+    SANA,
+)
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:

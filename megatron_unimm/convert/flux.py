@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig
+from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig, VaeConfig
 from megatron_unimm.convert import autoencoder_kl, pipeline
 from megatron_unimm.convert.mmdit import BLOCKS, MLP_RATIO, MMDIT, Part, attention_rows, ends_rows, joint_block_rows
 from megatron_unimm.convert.pipeline import CONFIG, VAE, refuse_fields
@@ -45,6 +45,7 @@ def rows(model: ImageGeneratorConfig, layout: str = "hub") -> list[Row]:
         *single.linear("proj_mlp", "linear_fc1", (MLP_RATIO * h, h)),
         *single.linear("proj_out", "linear_out", (h, (1 + MLP_RATIO) * h)),
     ]
+    assert model.vae is None or isinstance(model.vae, VaeConfig)
     return table + ([] if model.vae is None else autoencoder_kl.rows(model.vae))
 
 
@@ -89,6 +90,7 @@ def to_hf_config(model: ImageGeneratorConfig) -> dict[str, Any]:
     """
     m = model.mmdit
     assert isinstance(m, FluxConfig)
+    assert model.vae is None or isinstance(model.vae, VaeConfig)
     for field, value in {"patch_size": PATCH_SIZE, "rotary_theta": THETA}.items():
         if m.__dict__[field] != value:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What the tables of SD3 and FLUX.1 share: joint blocks, the conditioning vector and the end.
+"""What the tables of diffusion transformers share; of SD3 and FLUX.1 joint blocks, the conditioning vector and the end.
 
 Legend  H hidden size, N heads, D head size, m width of the MLPs.
 """
@@ -6,7 +6,7 @@ Legend  H hidden size, N heads, D head size, m width of the MLPs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_unimm.config.mmdit import MMDiTConfig
+from megatron_unimm.config.mmdit import DiffusionTransformerConfig, MMDiTConfig
 from megatron_unimm.convert.table import LAYER, Row, Source
 from megatron_unimm.convert.transforms import Copy, QkvInterleave, Shape, Transform
 
@@ -28,15 +28,22 @@ class Part:
     first_layer: int = 0
 
     def linear(
-        self, theirs: str | Sequence[str], ours: str, shape: Shape, transform: Transform | None = None
+        self,
+        theirs: str | Sequence[str],
+        ours: str,
+        shape: Shape,
+        transform: Transform | None = None,
+        *,
+        bias: bool = True,
     ) -> list[Row]:
         """Weight and bias of a linear layer ``[out, in]``, or of several that become one.
 
         Args:
             transform: of both; None for the same tensors.
+            bias: whether there is one.
         """
         names = (theirs,) if isinstance(theirs, str) else theirs
-        shapes = {"weight": shape, "bias": shape[:1]}
+        shapes = {"weight": shape} | ({"bias": shape[:1]} if bias else {})
         return [
             self.row([f"{name}.{kind}" for name in names], f"{ours}.{kind}", size, transform or Copy())
             for kind, size in shapes.items()
@@ -48,7 +55,14 @@ class Part:
 
 
 def attention_rows(
-    part: Part, model: MMDiTConfig, qkv: Sequence[str], ours: str, norms: Sequence[str] = (), output: str | None = None
+    part: Part,
+    model: DiffusionTransformerConfig,
+    qkv: Sequence[str],
+    ours: str,
+    norms: Sequence[str] = (),
+    output: str | None = None,
+    *,
+    qkv_bias: bool = True,
 ) -> list[Row]:
     """One stream's projections.
 
@@ -57,9 +71,8 @@ def attention_rows(
         output: the linear layer behind, where there is one.
     """
     h = model.hidden_size
-    table = part.linear(
-        qkv, f"{ours}.linear_qkv", (h, h), QkvInterleave(model.num_heads, model.num_heads, model.head_size)
-    )
+    interleave = QkvInterleave(model.num_heads, model.num_heads, model.head_size)
+    table = part.linear(qkv, f"{ours}.linear_qkv", (h, h), interleave, bias=qkv_bias)
     for name, norm in zip(("q_layernorm", "k_layernorm"), norms, strict=bool(norms)):
         table.append(part.row([f"{norm}.weight"], f"{ours}.{name}.weight", (model.head_size,), Copy()))
     if output is not None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_unimm.config.mmdit import ImageGeneratorConfig, Sd3Config
+from megatron_unimm.config.mmdit import ImageGeneratorConfig, Sd3Config, VaeConfig
 from megatron_unimm.convert import autoencoder_kl, pipeline
 from megatron_unimm.convert.mmdit import MMDIT, Part, ends_rows, joint_block_rows
 from megatron_unimm.convert.pipeline import CONFIG, VAE, refuse_fields
@@ -41,6 +41,7 @@ def rows(model: ImageGeneratorConfig, layout: str = "hub") -> list[Row]:
         *ends_rows(theirs, m, guidance=False, output=ChannelsFirstOutput(m.latent_channels)),
         *joint_block_rows(theirs, m, m.num_layers, qk_norm=m.qk_norm, text_ends=True, dual=m.dual_attention_layers),
     ]
+    assert model.vae is None or isinstance(model.vae, VaeConfig)
     return table + ([] if model.vae is None else autoencoder_kl.rows(model.vae))
 
 
@@ -83,6 +84,7 @@ def to_hf_config(model: ImageGeneratorConfig) -> dict[str, Any]:
     """The config files of a model that was not imported."""
     m = model.mmdit
     assert isinstance(m, Sd3Config)
+    assert model.vae is None or isinstance(model.vae, VaeConfig)
     transformer = {
         "_class_name": CLASS,
         "sample_size": m.base_grid * m.patch_size,

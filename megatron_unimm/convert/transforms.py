@@ -197,6 +197,65 @@ class ChannelsFirstOutput:
 
 
 @dataclass(frozen=True)
+class KvInterleave:
+    """k and v [n d, ...] to a linear layer [n 2 d, ...]: key and value of each head."""
+
+    num_heads: int
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        key, _ = sources
+        return (2 * key[0], *key[1:])
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        heads = [source.reshape(self.num_heads, -1, *source.shape[1:]) for source in sources]
+        return torch.cat(heads, dim=1).flatten(0, 1)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        heads = tensor.reshape(self.num_heads, -1, *tensor.shape[1:])
+        return tuple(part.flatten(0, 1) for part in heads.chunk(2, dim=1))
+
+
+@dataclass(frozen=True)
+class ValueGatePairs:
+    """[2 m, ...] (all values, all gates) to [m 2, ...]: value and gate of each channel."""
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (source,) = sources
+        return source
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (source,) = sources
+        return source.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return (tensor.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1),)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One tensor through several transforms."""
+
+    parts: tuple[Transform, ...]
+
+    def shape(self, sources: Sequence[Shape]) -> Shape:
+        (shape,) = sources
+        for part in self.parts:
+            shape = part.shape([shape])
+        return shape
+
+    def forward(self, *sources: Tensor) -> Tensor:
+        (tensor,) = sources
+        for part in self.parts:
+            tensor = part.forward(tensor)
+        return tensor
+
+    def inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        for part in reversed(self.parts):
+            (tensor,) = part.inverse(tensor)
+        return (tensor,)
+
+
+@dataclass(frozen=True)
 class Squeeze:
     """[1, ...] to [...]: a tensor that is stored with a batch axis."""
 

@@ -79,7 +79,8 @@ class BasePainter:
             condition: on the first stage.
         """
         output = torch.empty_like(state_UF, dtype=self.dtype)
-        num_rows = len(canvas.text_index) + len(canvas.image_index) + canvas.row.num_vectors
+        vectors = canvas.row.num_vectors * self.generator.mmdit.rows_per_vector
+        num_rows = len(canvas.text_index) + len(canvas.image_index) + vectors
         for chunk in self.stages:
             inputs = received = None
             if chunk.pre_process:

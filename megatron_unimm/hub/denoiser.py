@@ -64,6 +64,7 @@ class FrameRow:
             found = [table_index(rows, columns, model.mmdit.position_grid) for rows, columns in grids]
             fields["position_index"] = torch.from_numpy(np.concatenate(found)).to(device)
         else:
+            assert isinstance(model.mmdit, FluxConfig)
             angles = _angles(model.mmdit, frames, np.concatenate([text, image]), grids, device)
             fields |= {"cos": angles.cos(), "sin": angles.sin()}
         return cls(

@@ -11,7 +11,8 @@ class VisualTokenConnector(nn.Module):
     """Visual tokens to the tokens of an MMDiT's condition: Linear, LayerNorm, ReLU, Linear, LayerNorm (the adapter of
     Nexus-Gen's generation decoder, arXiv 2504.21356). Whole on every rank.
 
-    The pooled condition, there the CLIP vector of the empty prompt, is a weight here: one vector for all pictures.
+    The pooled condition, there the CLIP vector of the empty prompt, is a weight here: one vector for all pictures, in
+    transformers that have one.
     Visual tokens of source images are told from those of the picture by a vector that is added to them.
 
     Legend  V visual tokens, H their width, C that of the condition.
@@ -24,7 +25,7 @@ class VisualTokenConnector(nn.Module):
         self.norm_1 = nn.LayerNorm(inner)
         self.linear_2 = nn.Linear(inner, condition_size)
         self.norm_2 = nn.LayerNorm(condition_size)
-        self.pooled = nn.Parameter(torch.zeros(pooled_size))
+        self.pooled = nn.Parameter(torch.zeros(pooled_size)) if pooled_size else None
         self.has_sources = model.sources
         if model.sources:
             self.source = nn.Parameter(torch.zeros(condition_size))

@@ -45,7 +45,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_unimm.config.methods import ConnectorConfig
-from megatron_unimm.config.mmdit import FluxConfig, MMDiT, VaeConfig
+from megatron_unimm.config.mmdit import DcAeConfig, FluxConfig, MMDiT, SanaConfig, Sd3Config, Vae, VaeConfig
 from megatron_unimm.config.model import (
     BackboneConfig,
     MoEConfig,
@@ -58,7 +58,7 @@ from megatron_unimm.config.parallel import ParallelConfig, RecomputeConfig, Syst
 from megatron_unimm.config.queries import CONNECTOR_HEAD_SIZE, CONNECTOR_MLP_RATIO, QueryConnectorConfig
 from megatron_unimm.models.lora_shapes import AdaptedLinear
 from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
-from megatron_unimm.models.transformer_config import DTYPES, MMDIT_MLP_RATIO
+from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.models.vae import build_vae
 
 FLOAT = 4
@@ -302,6 +302,8 @@ def mmdit_weights(model: MMDiT, parallel: ParallelConfig, layers: range) -> Weig
     """Blocks ``layers`` (zero-based) of a diffusion transformer.
 
     A stream of a joint block: attention (3 H² + H²), MLP (8 H²), and a modulation of 6 parts (6 H²), all with biases.
+    SANA, of cross width X and hidden width m: attention, cross attention (H X, 2 H X, X H), feed-forward (2 m H,
+    9 · 2 m of the convolution, m H), and a table of 6 H.
     """
     kinds = block_kinds(model, layers)
     return sum((_block_weights(model, parallel.tensor, kind).times(count) for kind, count in kinds.items()), Weights())
@@ -311,7 +313,7 @@ class BlockKind(NamedTuple):
     """What the blocks of diffusion transformers differ in."""
 
     joint: bool
-    """Two streams with weights of their own; else FLUX's single block."""
+    """Two streams with weights of their own; else FLUX's single block, or SANA's."""
     dual: bool
     """A second attention, of the image to itself."""
     last: bool
@@ -320,6 +322,8 @@ class BlockKind(NamedTuple):
 
 def block_kinds(model: MMDiT, layers: range) -> dict[BlockKind, int]:
     """How many of the blocks ``layers`` are of each kind."""
+    if isinstance(model, SanaConfig):
+        return {BlockKind(False, False, False): len(layers)} if layers else {}
     if isinstance(model, FluxConfig):
         return dict(Counter(BlockKind(number < model.num_layers, False, False) for number in layers))
     dual, last = model.dual_attention_layers, model.num_layers - 1
@@ -327,7 +331,9 @@ def block_kinds(model: MMDiT, layers: range) -> dict[BlockKind, int]:
 
 
 def _block_weights(model: MMDiT, tensor: int, kind: BlockKind) -> Weights:
-    hidden, width = model.hidden_size, MMDIT_MLP_RATIO * model.hidden_size
+    if isinstance(model, SanaConfig):
+        return _sana_block_weights(model, tensor)
+    hidden, width = model.hidden_size, model.mlp_size
     qk_norm = 2 * model.head_size if isinstance(model, FluxConfig) or model.qk_norm else 0
     qkv = _columns(hidden, 3 * hidden, True, tensor) + qk_norm
     out = _rows(hidden, hidden, True, tensor)
@@ -344,6 +350,14 @@ def _block_weights(model: MMDiT, tensor: int, kind: BlockKind) -> Weights:
     return Weights(image + text)
 
 
+def _sana_block_weights(model: SanaConfig, tensor: int) -> Weights:
+    hidden, cross, width = model.hidden_size, model.cross_size, model.mlp_size
+    own = _columns(hidden, 3 * hidden, model.attention_bias, tensor) + _rows(hidden, hidden, True, tensor)
+    other = _columns(hidden, 3 * cross, True, tensor) + _rows(cross, hidden, True, tensor)
+    grown = _columns(hidden, 2 * width, True, tensor) + _columns(9, 2 * width, True, tensor)
+    return Weights(6 * hidden + own + other + grown + _rows(width, hidden, False, tensor))
+
+
 def mmdit_entry_weights(model: MMDiT) -> Weights:
     """Patches, condition, and what makes the conditioning vectors; whole on every rank."""
     hidden = model.hidden_size
@@ -351,6 +365,10 @@ def mmdit_entry_weights(model: MMDiT) -> Weights:
     def vector(size: int) -> int:
         return (size + 1) * hidden + (hidden + 1) * hidden
 
+    if isinstance(model, SanaConfig):
+        condition = (model.condition_size + 1) * hidden + (hidden + 1) * hidden + hidden
+        modulation = (hidden + 1) * 6 * hidden
+        return Weights((model.patch_dim + 1) * hidden + condition + vector(2 * NUM_FREQUENCIES) + modulation)
     vectors = (1 + model.guidance) * vector(2 * NUM_FREQUENCIES) + vector(model.pooled_size)
     return Weights((model.patch_dim + 1) * hidden + (model.condition_size + 1) * hidden + vectors)
 
@@ -358,7 +376,8 @@ def mmdit_entry_weights(model: MMDiT) -> Weights:
 def mmdit_exit_weights(model: MMDiT, tensor: int) -> Weights:
     """The last modulation and the way to patches."""
     hidden = model.hidden_size
-    return Weights(_columns(hidden, 2 * hidden, True, tensor) + (hidden + 1) * model.patch_dim)
+    modulation = 2 * hidden if isinstance(model, SanaConfig) else _columns(hidden, 2 * hidden, True, tensor)
+    return Weights(modulation + (hidden + 1) * model.patch_dim)
 
 
 def connector_weights(model: ConnectorConfig, visual: int, mmdit: MMDiT) -> Weights:
@@ -379,15 +398,15 @@ def pathways_weights(mmdit: MMDiT, word: int, latent: int, num_queries: int) -> 
     return Weights(pathway(word) + pathway(latent) + num_queries * condition + mmdit.pooled_size)
 
 
-def vae_weights(model: VaeConfig) -> Weights:
-    """diffusers' AutoencoderKL, counted by building it without memory."""
-    return Weights(_vae_parameters(model.model_dump_json()))
+def vae_weights(model: Vae) -> Weights:
+    """diffusers' network, counted by building it without memory."""
+    return Weights(_vae_parameters(type(model), model.model_dump_json()))
 
 
 @lru_cache
-def _vae_parameters(model: str) -> int:
+def _vae_parameters(kind: type[VaeConfig] | type[DcAeConfig], model: str) -> int:
     with torch.device("meta"):
-        vae = build_vae(VaeConfig.model_validate_json(model))
+        vae = build_vae(kind.model_validate_json(model))
     return sum(parameter.numel() for parameter in vae.parameters())
 
 
@@ -606,10 +625,11 @@ def tower_pass(model: VisionEncoder | SiglipConfig, spread: Spread, patches: flo
     return layer_pass(LayerShape.of_tower(model), _alone(spread), patches)
 
 
-def vae_pass(model: VaeConfig, pixels: float, itemsize: int) -> Kept:
+def vae_pass(model: Vae, pixels: float, itemsize: int) -> Kept:
     """A frozen VAE encodes all pictures of one size at once: at full resolution a residual block has its input, and of
     its second half what comes in, that normalised, that activated, and what the convolution makes of it."""
-    return Kept(0.0, 5 * pixels * model.block_channels[0] * itemsize)
+    channels = model.encoder[0].channels if isinstance(model, DcAeConfig) else model.block_channels[0]
+    return Kept(0.0, 5 * pixels * channels * itemsize)
 
 
 # -- activations of losses and heads
@@ -716,16 +736,18 @@ def mmdit_block_kept(model: MMDiT, spread: Spread, row: Streams, kind: BlockKind
     A second attention adds its modulated input and what it adds, and QKV and attention, of the image alone. SD3's last
     text stream has no output: no MLP, nothing added.
     """
+    if isinstance(model, SanaConfig):
+        return _sana_block_kept(model, spread, row)
     item, tensor = spread.itemsize, spread.parallel.tensor
     between = spread.between(row.tokens) * model.hidden_size * item
     inside = spread.tokens(row.tokens) * model.hidden_size * item / tensor
     qkv, core = _joint_attention(model, spread, row.tokens)
     share = row.image / row.tokens
     if kind.joint:
-        parts = {"qkv": qkv, "core": core, "laid": inside, "mlp": 2 * MMDIT_MLP_RATIO * inside, "rest": 8 * between}
+        parts = {"qkv": qkv, "core": core, "laid": inside, "mlp": 2 * model.mlp_ratio * inside, "rest": 8 * between}
         modulation = 12 * row.vectors * model.hidden_size * item
     else:
-        parts = {"qkv": qkv, "core": core, "mlp": (1 + 2 * MMDIT_MLP_RATIO) * inside, "rest": 4 * between}
+        parts = {"qkv": qkv, "core": core, "mlp": (1 + 2 * model.mlp_ratio) * inside, "rest": 4 * between}
         modulation = 3 * row.vectors * model.hidden_size * item
     if kind.dual:
         parts["rest"] += 2 * share * between
@@ -741,10 +763,42 @@ def mmdit_block_kept(model: MMDiT, spread: Spread, row: Streams, kind: BlockKind
     parts["rest"] += modulation
     # Only a joint block's MLP can be made again by itself.
     given_up = {"core_attn": "core", "mlp": "mlp" if kind.joint else ""}
-    return _mmdit_recomputed(parts, given_up, spread, between, inside)
+    # Attention's inputs are queries, keys and values laid one stream behind the other.
+    return _mmdit_recomputed(parts, given_up, spread, between, 3 * inside)
 
 
-def _joint_attention(model: MMDiT, spread: Spread, row: float) -> tuple[float, float]:
+def _sana_block_kept(model: SanaConfig, spread: Spread, row: Streams) -> Kept:
+    """A block of SANA whose weights train, of cross width X, hidden width m and head size D.
+
+    Both streams' tokens as they come in, s H i. Of each image token, s H i each: normalised, modulated and added of the
+    attention and of the feed-forward layer, what the cross attention reads and what comes out behind it: 8. Of each
+    image token of the rank, H / tensor each: queries, keys, values with a one behind each head, and the output so, all
+    in fp32 (4 and 3 / D), a matrix of D (D + 1) per head of each picture, and the output laid back (i). The cross
+    attention's q, k, v, output (torch: a copy besides) and that laid back, of width X; keys and values are of the text.
+    The feed-forward layer's first product, its activation picture by picture, that convolved (2 m each), the gate's
+    activation, and the product laid back (m each). And the modulations, 6 H i per vector.
+    """
+    item, tensor = spread.itemsize, spread.parallel.tensor
+    width, cross, size = model.hidden_size / tensor, model.cross_size / tensor, model.head_size
+    image, text = spread.tokens(row.image), spread.tokens(row.text)
+    states = row.vectors * width * (size + 1) * FLOAT
+    sums = FLOAT * image * model.num_cross_heads / tensor
+    copies = 0 if spread.fused else 1
+    parts = {
+        "core": image * width * (4 + 3 / size) * FLOAT + states,
+        "cross": ((2 + copies) * image + 2 * text) * cross * item + sums,
+        "laid": image * (width + cross) * item,
+        "mlp": 8 * image * model.mlp_size / tensor * item,
+        "rest": (spread.between(row.tokens) + 8 * spread.between(row.image) + 6 * row.vectors)
+        * model.hidden_size
+        * item,
+    }
+    inputs = (image * (3 * width + cross) + 2 * text * cross) * item
+    whole = spread.between(row.tokens) * model.hidden_size * item
+    return _mmdit_recomputed(parts, {"core_attn": "core cross", "mlp": "mlp"}, spread, whole, inputs)
+
+
+def _joint_attention(model: Sd3Config | FluxConfig, spread: Spread, row: float) -> tuple[float, float]:
     """Bytes of the mixed QKV with the norms, and of attention; keys and values are gathered from all context ranks."""
     tensor, item = spread.parallel.tensor, spread.itemsize
     tokens, width, heads = spread.tokens(row), model.hidden_size / tensor, model.num_heads / tensor
@@ -760,23 +814,32 @@ def _joint_attention(model: MMDiT, spread: Spread, row: float) -> tuple[float, f
 
 
 def _mmdit_recomputed(
-    parts: dict[str, float], given_up: dict[str, str], spread: Spread, between: float, inside: float
+    parts: dict[str, float], given_up: dict[str, str], spread: Spread, between: float, core_inputs: float
 ) -> Kept:
+    """Args:
+    given_up: parts that making a module again leaves out, by its name.
+    between: the block's input. core_inputs: what attention reads, which making it again keeps.
+    """
     recompute, whole = spread.recompute, sum(parts.values())
     if recompute.granularity == "none":
         return Kept(whole)
     if recompute.granularity == "full":
         return Kept(between / recompute.num_layers, whole * recompute.num_layers)
-    dropped = [given_up[module] for module in recompute.modules if given_up[module]]
+    dropped = [name for module in recompute.modules for name in given_up[module].split()]
     left = sum(size for name, size in parts.items() if name not in dropped)
-    # Attention's inputs are queries, keys and values laid one stream behind the other.
-    left += 3 * inside if "core" in dropped else 0.0
+    left += core_inputs if "core" in dropped else 0.0
     return Kept(left, max((parts[name] for name in dropped), default=0.0))
 
 
 def mmdit_entry_kept(model: MMDiT, spread: Spread, row: Streams) -> Kept:
     """Patches and condition, and the two layers that make each conditioning vector."""
     tokens = spread.tokens(row.image) * model.patch_dim + spread.tokens(row.text) * model.condition_size
+    if isinstance(model, SanaConfig):
+        # The condition before and after the activation, and as its norm keeps it; of vectors two layers' alike.
+        plain = Spread(spread.parallel, spread.recompute, spread.itemsize, fused=False)
+        norm = _norm(spread.tokens(row.text), model.hidden_size, True, plain, trains=True)
+        inside = (2 * spread.tokens(row.text) + 4 * row.vectors) * model.hidden_size
+        return Kept(norm + (tokens + inside) * spread.itemsize)
     vectors = row.vectors * model.hidden_size * 2 * (2 + model.guidance)
     return Kept((tokens + vectors) * spread.itemsize)
 

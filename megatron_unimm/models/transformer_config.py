@@ -65,17 +65,13 @@ def mmdit_transformer_config(model: MMDiT, system: SystemConfig, platform: Platf
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
         kv_channels=model.head_size,
-        ffn_hidden_size=MMDIT_MLP_RATIO * model.hidden_size,
+        ffn_hidden_size=model.mlp_size,
         layernorm_epsilon=1e-6,
         add_bias_linear=True,
         qk_layernorm=True,  # sums the norms' gradients over tensor-parallel ranks, whose heads share them
         **_spread(system, platform),
     )
     return TransformerConfig(**(fields | PLAIN_VIT | dict(normalization="RMSNorm")))
-
-
-MMDIT_MLP_RATIO = 4
-"""Hidden width of the MLPs over that of the model, in SD3 and FLUX."""
 
 
 def vision_transformer_config(

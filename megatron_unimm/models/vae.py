@@ -1,22 +1,33 @@
-"""The frozen autoencoder between pictures and latents: diffusers' AutoencoderKL (arXiv 2112.10752).
+"""The frozen autoencoder between pictures and latents: diffusers' AutoencoderKL (arXiv 2112.10752) or AutoencoderDC
+(DC-AE, arXiv 2410.10733).
 
 Layouts: pictures ``(B, 3, H, W)`` in [-1, 1], latents ``(B, C, h, w)`` as the diffusion transformer sees them, patches
 of latents ``[h w / side², C side²]``, each (channel, row, column), row by row.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from megatron_unimm.config.mmdit import VaeConfig
+from megatron_unimm.config.mmdit import DcAeConfig, DcAeStage, Vae, VaeConfig
+
+Autoencoder = AutoencoderKL | AutoencoderDC
+TILE_OVERLAP = 1 / 8
+"""Of DC-AE's tiles, as in diffusers."""
 
 
-def build_vae(config: VaeConfig) -> AutoencoderKL:
+def build_vae(config: Vae) -> Autoencoder:
     """The network, with random weights. Pictures beyond ``sample_size`` are worked on in overlapping tiles, so that
     memory does not grow with them."""
+    return _build_dc_ae(config) if isinstance(config, DcAeConfig) else _build_kl(config)
+
+
+def _build_kl(config: VaeConfig) -> AutoencoderKL:
     stages = len(config.block_channels)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * stages,
@@ -36,14 +47,51 @@ def build_vae(config: VaeConfig) -> AutoencoderKL:
     return vae
 
 
-def encode(vae: AutoencoderKL, pictures_BCHW: Tensor) -> Tensor:
-    """Latents of pictures: the mean of their distribution, so that it is the same on every rank and in every epoch."""
+def _build_dc_ae(config: DcAeConfig) -> AutoencoderDC:
+    side, stride = config.sample_size, round(config.sample_size * (1 - TILE_OVERLAP))
+    vae = AutoencoderDC(**dc_ae_fields(config))
+    vae.enable_tiling(side, side, stride, stride)
+    return vae
+
+
+def dc_ae_fields(config: DcAeConfig) -> dict[str, Any]:
+    """What diffusers' class is made with: our numbers, and what all published ones for SANA have."""
+    return {
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "attention_head_dim": config.attention_head_size,
+        **_half_fields("encoder", config.encoder),
+        **_half_fields("decoder", config.decoder),
+        "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": config.scaling_factor,
+    }
+
+
+def _half_fields(half: str, stages: Sequence[DcAeStage]) -> dict[str, Any]:
+    return {
+        f"{half}_block_types": [stage.BLOCKS[stage.attention] for stage in stages],
+        f"{half}_block_out_channels": [stage.channels for stage in stages],
+        f"{half}_layers_per_block": [stage.layers for stage in stages],
+        f"{half}_qkv_multiscales": [list(stage.scales) for stage in stages],
+    }
+
+
+def encode(vae: Autoencoder, pictures_BCHW: Tensor) -> Tensor:
+    """Latents of pictures: where they have a distribution its mean, so that they are the same on every rank and in
+    every epoch."""
+    if isinstance(vae, AutoencoderDC):
+        return vae.encode(pictures_BCHW).latent * vae.config["scaling_factor"]
     mean = vae.encode(pictures_BCHW).latent_dist.mode()
     return (mean - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
-def decode(vae: AutoencoderKL, latents_BChw: Tensor) -> Tensor:
+def decode(vae: Autoencoder, latents_BChw: Tensor) -> Tensor:
     """Pictures of latents."""
+    if isinstance(vae, AutoencoderDC):
+        return vae.decode(latents_BChw / vae.config["scaling_factor"]).sample
     return vae.decode(latents_BChw / vae.config["scaling_factor"] + vae.config["shift_factor"]).sample
 
 
@@ -74,7 +122,7 @@ def from_patches(patches_BUF: Tensor, rows: int, columns: int, side: int) -> Ten
 
 @torch.no_grad()
 def picture_patches(
-    vae: AutoencoderKL, pictures: Sequence[np.ndarray], side: int, width: int, dtype: torch.dtype, device: torch.device
+    vae: Autoencoder, pictures: Sequence[np.ndarray], side: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Patches of latents ``[U, width]`` of pictures (uint8 (H, W, 3)), one behind the other; none of none."""
     parts = [torch.zeros(0, width, dtype=dtype, device=device)]
@@ -84,7 +132,7 @@ def picture_patches(
 
 @torch.no_grad()
 def encode_patches(
-    vae: AutoencoderKL, pixels: Tensor, grids: list[tuple[int, int]], pixel_side: int, latent_side: int
+    vae: Autoencoder, pixels: Tensor, grids: list[tuple[int, int]], pixel_side: int, latent_side: int
 ) -> Tensor:
     """Patches of latents of packed pictures, pictures of one size at a time.
 

@@ -211,3 +211,39 @@ def test_layouts_that_do_not_fit(shapes: Path, settings: list[str], world_size: 
         check_layout(stage, world_size)
     assert caught.value.where == where
     assert what in caught.value.what
+
+
+def with_sana(recipe: str, repo: Path, tmp_path: Path, *overrides: str) -> StageConfig:
+    """The last stage of a recipe whose image generator is SANA."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"base: [{repo}/configs/{recipe}.yaml, {repo}/configs/models/sana_1600m.yaml]\nname: mine\n")
+    return list(load_recipe(path, overrides).stages.values())[-1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("{tensor: 2, sequence: true, pipeline: 2}", ""),
+        (
+            "{context: 2}",
+            "system.parallel.context: 2, but the convolutions of generator.mmdit (family sana) see a picture whole",
+        ),
+        ("{tensor: 7}", "system.parallel.tensor: 7 does not divide generator.mmdit.num_cross_heads 20"),
+        ("{tensor: 4}", "system.parallel.tensor: 4 does not divide generator.mmdit.num_heads 70"),
+    ],
+)
+def test_a_trunk_of_sana(layout: str, message: str, repo: Path, tmp_path: Path) -> None:
+    alone = "{tensor: 1, sequence: false, pipeline: 1, virtual_pipeline: 1, layers_per_stage: null, context: 1}"
+    overrides = [f"system.parallel={alone}", f"system.parallel={layout}"]
+    stage = with_sana("orion/decoder_flux", repo, tmp_path, *overrides)
+    if not message:
+        assert check_layout(stage, 8) == 2
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_layout(stage, 56)
+    assert str(caught.value).startswith(message)
+
+
+def test_mmcore_needs_a_transformer_that_looks_back(repo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method mmcore_\w+ shows a picture those before it, which .* sana cannot"):
+        with_sana("mmcore/qwen2_5_vl_7b", repo, tmp_path)

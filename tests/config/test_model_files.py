@@ -27,7 +27,7 @@ BILLIONS = {
     "qwen3_vl_235b_a22b": 235.670,
 }
 SIGLIP_MILLIONS = {"siglip_so400m_patch14_384": 428.2, "siglip2_so400m_patch16_naflex": 427.9}
-GENERATORS = {"sd3_medium", "sd3_5_medium", "sd3_5_large", "flux_1_dev"}
+GENERATORS = {"sd3_medium", "sd3_5_medium", "sd3_5_large", "flux_1_dev", "sana_1600m"}
 """Tested in tests/convert/test_mmdit.py."""
 NOT_IN_TRANSFORMERS = {"ming_lite_omni"}
 """Tested in tests/convert/test_ming.py."""

@@ -26,13 +26,15 @@ from torch import Tensor
 from megatron_unimm.checkpoint.folder import HF_FOLDER
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.checkpoint.store import load, save
-from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig, Sd3Config
+from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig, SanaConfig, Sd3Config
 from megatron_unimm.config.parallel import ParallelConfig, PrecisionConfig, SystemConfig
+from megatron_unimm.models.diffusion import build_diffusion_transformer
 from megatron_unimm.models.mmdit.attention import JointContext, lower
-from megatron_unimm.models.mmdit.model import MMDiT, MMDiTInput
+from megatron_unimm.models.mmdit.pictures import PictureBatches
 from megatron_unimm.models.mmdit.positions import flux_positions, table_index
 from megatron_unimm.models.mmdit.rotary import axes_angles
 from megatron_unimm.models.mmdit.row import MMDiTRow
+from megatron_unimm.models.mmdit.trunk import DiffusionTransformer, MMDiTInput
 from megatron_unimm.models.mmdit.visibility import Role, TokenTable, local_index
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import mmdit_transformer_config
@@ -52,7 +54,7 @@ class Stage:
 
     model: ImageGeneratorConfig
     groups: ParallelGroups
-    chunks: list[MMDiT]
+    chunks: list[DiffusionTransformer]
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -68,12 +70,12 @@ class Stage:
 
 def build_chunks(
     model: ImageGeneratorConfig, system: SystemConfig, platform: Platform, groups: ParallelGroups
-) -> list[MMDiT]:
+) -> list[DiffusionTransformer]:
     config = mmdit_transformer_config(model.mmdit, system, platform)
     backend = layers_backend(system.layers, platform, fp8=False)
     virtual = system.parallel.virtual_pipeline
     return [
-        MMDiT(
+        build_diffusion_transformer(
             model.mmdit,
             config,
             backend,
@@ -148,7 +150,7 @@ def pack(arrays: dict[str, np.ndarray], stage: Stage) -> Packed:
     sequence = (groups.tensor_rank, groups.config.tensor) if groups.config.sequence else (0, 1)
     mine = local_index(table, *context)
     text, image = np.split(mine, [num_text // context[1]])
-    joint = JointContext(lowerings={kind: lower(table, kind, "torch", CPU, *context) for kind in ("joint", "image")})
+    joint = JointContext(lowerings={kind: lower(table, kind, "torch", CPU, *context) for kind in m.attention_kinds})
     position_index = None
     if isinstance(m, FluxConfig):
         ids = np.concatenate([flux_positions(*grid) for grid in grids], axis=1)  # [3, image tokens]
@@ -156,19 +158,20 @@ def pack(arrays: dict[str, np.ndarray], stage: Stage) -> Packed:
         whole[:, num_text : num_text + ids.shape[1]] = ids
         angles = axes_angles(torch.from_numpy(whole[:, mine]), m.rotary_axes, m.rotary_theta)
         joint.cos, joint.sin = angles.cos(), angles.sin()
-    else:
-        assert isinstance(m, Sd3Config)
+    elif isinstance(m, Sd3Config):
         index = np.concatenate([table_index(*grid, m.position_grid) for grid in grids])
         index = np.pad(index, (0, num_image - len(index)))
         position_index = torch.from_numpy(index[image - num_text])
     row = MMDiTRow.build(table, vector, num_vectors, joint, CPU, torch.float32, context=context, sequence=sequence)
+    if isinstance(m, SanaConfig):
+        row.pictures = PictureBatches.build(grids, CPU)
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     inputs = MMDiTInput(
         condition=padded(tensors["condition"], num_text)[text],
         patches=padded(tensors["patches"], num_image)[image - num_text],
         position_index=position_index,
         timestep=padded(tensors["timestep"], num_vectors),
-        pooled=padded(tensors["pooled"], num_vectors),
+        pooled=padded(tensors["pooled"], num_vectors) if m.pooled_size else None,
         guidance=padded(tensors["guidance"], num_vectors) if m.guidance else None,
     )
     return Packed(row, inputs, image - num_text)
@@ -179,7 +182,8 @@ def run(stage: Stage, packed: Packed) -> Tensor | None:
     parallel, pipe = stage.parallel, dist.get_process_group_ranks(stage.groups.collection.pp)
     first = stage.groups.pipeline_rank
     scattered = parallel.tensor if parallel.sequence else 1
-    tokens = len(packed.inputs.condition) + len(packed.inputs.patches) + packed.row.num_vectors
+    vectors = packed.row.num_vectors * stage.model.mmdit.rows_per_vector
+    tokens = len(packed.inputs.condition) + len(packed.inputs.patches) + vectors
     output = None
     for number, chunk in enumerate(stage.chunks):
         received = None
@@ -214,7 +218,7 @@ def gradients(task: dict[str, Any]) -> None:
     stage = enter(task)
     with np.load(task["row"]) as arrays:
         packed = pack(dict(arrays), stage)
-    names = ("condition", "patches", "pooled")
+    names = ["condition", "patches", *(["pooled"] if stage.model.mmdit.pooled_size else [])]
     for name in names:
         vars(packed.inputs)[name].requires_grad_()
     output = run(stage, packed)

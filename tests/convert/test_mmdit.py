@@ -120,9 +120,13 @@ CASES = [
 
 
 def random_model(case: Case) -> Any:
-    """Weights of such a size that velocities are of order 1 and no part is without influence."""
+    return random_weights(case.model, case.config)
+
+
+def random_weights(kind: Any, config: dict[str, Any]) -> Any:
+    """Of such a size that velocities are of order 1 and no part is without influence."""
     torch.manual_seed(0)
-    model = case.model(**case.config).eval()
+    model = kind(**config).eval()
     for parameter in model.parameters():
         if parameter.dim() < 2:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -218,7 +222,12 @@ def save_pipeline(case: Case, transformer: Any, vae: Any, folder: Path) -> None:
     """A pipeline's folder as diffusers writes it, with a tokenizer and a text encoder in it."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.5)
     pipeline, absent = pipeline_class("flux" if case.is_flux else "sd3")
-    pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent).save_pretrained(folder)
+    save_with_text_encoder(pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **absent), folder)
+
+
+def save_with_text_encoder(pipeline: Any, folder: Path) -> None:
+    """As if it had one, and a tokenizer."""
+    pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "text_encoder": ["transformers", "CLIPTextModel"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -498,7 +507,7 @@ def test_inspect(pipelines: dict[str, Path], tmp_path: Path) -> None:
         ("transformer", {"new_thing": True}, "new_thing is True; this field is unknown"),
         ("transformer", {"quantization_config": {}}, "is of a quantized model"),
         ("transformer", {"dual_attention_layers": [9]}, "do not lie in 0..3"),
-        ("transformer", {"_class_name": "SanaTransformer2DModel"}, "['SanaTransformer2DModel'] cannot be converted"),
+        ("transformer", {"_class_name": "DiTTransformer2DModel"}, "['DiTTransformer2DModel'] cannot be converted"),
         ("vae", {"act_fn": "relu"}, "vae/config.json: act_fn is 'relu'; only 'silu' is built"),
         ("vae", {"latents_mean": [0.0]}, "latents_mean is [0.0]; only None is built"),
         ("vae", {"use_quant_conv": True}, "use_quant_conv is True, use_post_quant_conv is False"),

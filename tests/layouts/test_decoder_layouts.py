@@ -1,10 +1,11 @@
 """The image decoder's training at every layout against one rank: same checkpoint, same data, same noise, fp32. SD3 with
-its variants, and FLUX."""
+its variants, FLUX, and SANA."""
 
 import json
 from pathlib import Path
 
 import pytest
+from small_decoder import SANA
 from test_parallel_layouts import (
     FULL_RECOMPUTE,
     OVERLAP,
@@ -29,6 +30,7 @@ MODELS = {
     "sd3": ("generator.mmdit.qk_norm=false",),
     "dual": ("generator.mmdit.dual_attention_layers=[0, 2]",),
     "flux": (FLUX,),
+    "sana": SANA,
 }
 LAYOUTS = [
     Layout("tp2", 2, (TP2,), "flux"),
@@ -47,6 +49,13 @@ LAYOUTS = [
     Layout("dual_cp2", 2, (CP2,), "dual"),
     Layout("dual_pp2", 2, (PP2, SELECTIVE), "dual"),
     Layout("dual_tp2_sp_pp2", 4, (TP2, SP, PP2), "dual"),
+    Layout("sana_recomputed", 1, (SELECTIVE,), "sana"),
+    Layout("sana_tp2", 2, (TP2,), "sana"),
+    Layout("sana_tp2_sp", 2, (TP2, SP), "sana"),
+    Layout("sana_pp2", 2, (PP2, SELECTIVE), "sana"),
+    Layout("sana_pp2_vpp2", 2, (PP2, VPP2), "sana"),
+    Layout("sana_dp2", 2, (OVERLAP,), "sana"),
+    Layout("sana_tp2_sp_pp2", 4, (TP2, SP, PP2, FULL_RECOMPUTE), "sana"),
 ]
 
 

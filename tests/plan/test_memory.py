@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from measure import Peak, decoder, diffusion, kept_bytes, mmcore, orion, place_of, storage_bytes
+from small_decoder import SANA
 from small_diffusion import SOME_OF_THE_VLM
 from small_mmcore import FROZEN_VLM, LORA, SIGLIP
 
@@ -100,6 +101,13 @@ DECODER = {
     "FLUX, last of two": ((*FLUX, *PP), 1, 2),
     "FLUX, full recompute": ((*FLUX, *FULL), 0, 1),
     "FLUX, recompute": ((*FLUX, *selective("core_attn", "mlp")), 0, 1),
+    "SANA": (SANA, 0, 1),
+    "SANA, bf16": ((*SANA, *BF16), 0, 1),
+    "SANA, tensor": ((*SANA, *TP), 0, 2),
+    "SANA, first of two": ((*SANA, *PP), 0, 2),
+    "SANA, last of two": ((*SANA, *PP), 1, 2),
+    "SANA, full recompute": ((*SANA, *FULL), 0, 1),
+    "SANA, recompute": ((*SANA, *selective("core_attn", "mlp")), 0, 1),
 }
 
 # Two heads of 64 in the connector.

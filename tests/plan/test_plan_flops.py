@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from measure import decoder, diffusion, mmcore, orion, place_of
+from small_decoder import SANA
 from small_diffusion import SOME_OF_THE_VLM
 from small_mmcore import FROZEN_VLM, LORA, SIGLIP
 from test_memory import CONDITIONS, CONNECTOR, CP, FLUX, FULL, MING, MOE, PP, QWEN3, SD35, TP, frozen
@@ -24,6 +25,7 @@ from megatron_unimm.methods.registry import build_method, footprints_of
 from megatron_unimm.methods.vlm import footprint as vlm_footprint
 from megatron_unimm.models.memory import Spread
 from megatron_unimm.models.mmdit import modulation
+from megatron_unimm.models.sana import feed_forward
 from megatron_unimm.parallel import platform_meta
 from megatron_unimm.parallel.platform_meta import META, pretend_rank
 from megatron_unimm.plan.pipeline import places
@@ -148,6 +150,9 @@ def test_recompute_adds_a_forward_pass_of_the_layers(repo: Path) -> None:
         ((*SD35, "system.parallel={pipeline: 3}"), 2, 3),
         ((*FLUX, *PP), 0, 2),
         ((*FLUX, *PP), 1, 2),
+        (SANA, 0, 1),
+        ((*SANA, *PP), 0, 2),
+        ((*SANA, *PP), 1, 2),
     ],
 )
 def test_decoder_chunks(
@@ -163,6 +168,8 @@ def test_decoder_chunks(
     monkeypatch.setattr(
         modulation, "_of_vectors", lambda values, vectors: values.new_zeros(load.num_pictures, values.shape[-1])
     )
+    # SANA's own convolutions are left out, too.
+    monkeypatch.setattr(feed_forward, "convolve", lambda grid, weight, bias: grid * weight[:, 4] + bias)
     found = planned(stage, row, rank, world_size)
     forward, both = counted(stage, row, rank, world_size)
     inner = stage.generator.mmdit.condition_size
@@ -196,8 +203,9 @@ def test_chunks_are_the_whole_model(overrides: tuple[str, ...], repo: Path) -> N
     assert total == pytest.approx(model + extra, rel=1e-12)
 
 
-def test_decoder_chunks_are_the_whole_model(repo: Path) -> None:
-    stage = decoder(repo, *FLUX, *PP)
+@pytest.mark.parametrize("model", [FLUX, SANA], ids=["flux", "sana"])
+def test_decoder_chunks_are_the_whole_model(model: tuple[str, ...], repo: Path) -> None:
+    stage = decoder(repo, *model, *PP)
     footprints = footprints_of(stage)
     row = footprints.typical_row(stage)
     spread = Spread.of(stage.system, fused=True)

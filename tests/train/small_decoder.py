@@ -43,6 +43,14 @@ FLUX = (
     "generator.mmdit={family: flux, num_layers: 2, num_single_layers: 2, num_heads: 2, head_size: 16,"
     " rotary_axes: [4, 6, 6], latent_channels: 4, condition_size: 24, pooled_size: 12, guidance: true}"
 )
+STAGES = "{channels: 8, layers: 1, attention: false}, " * 4 + "{channels: 16, layers: 1, attention: true, scales: [5]}"
+SANA = (
+    "generator.mmdit={family: sana, num_layers: 4, num_heads: 4, head_size: 8, num_cross_heads: 2, cross_head_size: 12,"
+    " latent_channels: 8, condition_size: 24}",
+    f"generator.vae={{family: dc_ae, latent_channels: 8, attention_head_size: 8, encoder: [{STAGES}],"
+    f" decoder: [{STAGES}], scaling_factor: 0.4}}",
+)
+"""With a VAE of 16 pixels to a latent."""
 
 
 def small_recipe(repo: Path, *overrides: str) -> Recipe:

@@ -1,12 +1,13 @@
 """Model FLOPs of a diffusion transformer that learns to draw: what is counted and how is said in ``models/flops.py``.
 
 Legend  T tokens of the row (padding included), T_image of its image stream, T_text of its text stream, n pictures, H
-hidden size, C width of the condition, P of the pooled one, F values of a patch of latents.
+hidden size, D head size, C width of the condition, P of the pooled one, F values of a patch of latents, m hidden width
+and X width of the cross attention of SANA.
 """
 
 from dataclasses import dataclass
 
-from megatron_unimm.config.mmdit import FluxConfig, MMDiT
+from megatron_unimm.config.mmdit import FluxConfig, MMDiT, SanaConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.models.flops import Work
 from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
@@ -24,13 +25,18 @@ class MMDiTLoad:
     """(query, key) pairs of the joint attention: Σ (V + U)² over pictures."""
     image_pairs: float
     """Of the image's attention to itself: Σ U²."""
+    cross_pairs: float
+    """Of the image's attention to its condition: Σ V U."""
+    drawn: float
+    """Image tokens without padding, which linear attention sums over: Σ U."""
 
 
 def mmdit_cost(load: MMDiTLoad, stage: StageConfig, *before: str) -> float:
     """Embeddings, each by what can train before it, and all that follows them.
 
     Patches 2 T_image F H; condition 2 T_text C H; per picture the timestep's vector 2 · 256 H + 2 H² (the guidance
-    scale's again), and the pooled condition's 2 P H + 2 H².
+    scale's again), and the pooled condition's 2 P H + 2 H². SANA has two layers for the condition, 2 T_text H² more, no
+    pooled one, and makes 6 more of the timestep's vector, 2 · 6 H².
 
     Args:
         before: the parts that make the condition.
@@ -51,6 +57,8 @@ def entry_works(
     data = Work(2 * hidden * (load.num_image * float(mmdit.patch_dim) + sinusoids * 2 * NUM_FREQUENCIES))
     condition = Work(2 * hidden * (load.num_text * float(mmdit.condition_size) + count * mmdit.pooled_size))
     behind_data, behind_condition = Work(2 * sinusoids * hidden**2), Work(2 * count * hidden**2)
+    if isinstance(mmdit, SanaConfig):
+        behind_data, behind_condition = Work(2 * count * 7 * hidden**2), Work(2 * load.num_text * float(hidden**2))
     return [
         (data, (trains, False)),
         (behind_data, (trains, trains)),
@@ -71,7 +79,13 @@ def blocks_work(mmdit: MMDiT, load: MMDiTLoad, layers: range) -> Work:
     modulation 2 · 6 H². SD3's last block takes only QKV from the text, whose modulation is 2 · 2 H². A second attention
     has QKV, output and pairs of the image alone, and adds 2 · 3 H² to its modulation. Single block: per token the same
     2 · 12 H², and per picture 2 · 3 H².
+
+    SANA: per image token QKV and output 2 · 4 H², the cross attention's query and output 2 · 2 H X and 2 · 3 m H, per
+    text token key and value 2 · 2 H X; linear attention makes and reads a matrix of D (D + 1) per head, 4 ΣU H (D + 1),
+    and the cross attention is 4 pairs X. The convolution's 9 multiplications per channel are left out.
     """
+    if isinstance(mmdit, SanaConfig):
+        return _sana_block_work(mmdit, load).times(len(layers))
     square, hidden, count = 2.0 * mmdit.hidden_size**2, mmdit.hidden_size, load.num_pictures
     block = Work(12 * square * (load.num_text + load.num_image), 4 * load.joint_pairs * hidden)
     joint = block + Work(12 * square * count)
@@ -85,7 +99,22 @@ def blocks_work(mmdit: MMDiT, load: MMDiTLoad, layers: range) -> Work:
     return joint.times(len(layers)) + second.times(num_second) + last_text.times(int(mmdit.num_layers - 1 in layers))
 
 
+def _sana_block_work(model: SanaConfig, load: MMDiTLoad) -> Work:
+    hidden, cross = float(model.hidden_size), float(model.cross_size)
+    image = load.num_image * hidden * (4 * hidden + 2 * cross + 3 * model.mlp_size)
+    attention = 4 * load.drawn * hidden * (model.head_size + 1) + 4 * load.cross_pairs * cross
+    return Work(2 * (image + load.num_text * hidden * 2 * cross), attention)
+
+
 def end_work(mmdit: MMDiT, load: MMDiTLoad) -> Work:
-    """The last modulation, and the way to patches."""
+    """The last modulation (SANA has a table), and the way to patches."""
     hidden = mmdit.hidden_size
-    return Work(4.0 * hidden**2 * load.num_pictures + 2.0 * load.num_image * hidden * mmdit.patch_dim)
+    modulation = 0.0 if isinstance(mmdit, SanaConfig) else 4.0 * hidden**2 * load.num_pictures
+    return Work(modulation + 2.0 * load.num_image * hidden * mmdit.patch_dim)
+
+
+def mlp_share(mmdit: MMDiT) -> float:
+    """Of a block's products, those of its MLP, about: 8 of 12 H²; SANA's 3 m of 4 H + 2 X + 3 m."""
+    if not isinstance(mmdit, SanaConfig):
+        return 8 / 12
+    return 3 * mmdit.mlp_size / (4 * mmdit.hidden_size + 2 * mmdit.cross_size + 3 * mmdit.mlp_size)

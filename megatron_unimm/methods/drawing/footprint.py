@@ -3,8 +3,9 @@
 
 from dataclasses import dataclass
 
+from megatron_unimm.config.mmdit import SanaConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.methods.drawing.flops import MMDiTLoad, blocks_work, end_work, entry_works
+from megatron_unimm.methods.drawing.flops import MMDiTLoad, blocks_work, end_work, entry_works, mlp_share
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace, Flops, Traffic, exchanged
 from megatron_unimm.models.flops import Work
 from megatron_unimm.models.memory import (
@@ -158,22 +159,25 @@ class DrawingChunk:
             return blocks
         if recompute.granularity == "none" or not self.has_gradient:
             return Flops()
-        # Of a block's 12 H² per token the MLP has 8.
-        products = blocks.products * 8 / 12 if "mlp" in recompute.modules else 0.0
+        products = blocks.products * mlp_share(self.mmdit) if "mlp" in recompute.modules else 0.0
         return Flops(products, 0.0, blocks.attention if "core_attn" in recompute.modules else 0.0)
 
     # -- traffic
 
     def traffic(self) -> tuple[Traffic, Traffic]:
         """As of ``methods/vlm/footprint.py``; a single block gathers its input twice, for attention and MLP, and sums
-        once. Keys and values are gathered from all context ranks, one for each head."""
+        once. Keys and values are gathered from all context ranks, one for each head. SANA gathers its image three times
+        and its text once, and sums the image three times."""
         parallel, item = self.spread.parallel, self.spread.itemsize
         tokens = self.spread.tokens(self.streams.tokens)
         one = exchanged(parallel.tensor) * tokens * self.mmdit.hidden_size * item
         ring = (parallel.context - 1) * tokens * 2 * self.mmdit.hidden_size / parallel.tensor * item
         forward, backward = Traffic(), Traffic()
         for kind, count in block_kinds(self.mmdit, self.place.layers).items():
-            gathers, sums = (2, 2) if kind.joint else (2, 1)
+            gathers, sums = (2.0, 2.0) if kind.joint else (2.0, 1.0)
+            if isinstance(self.mmdit, SanaConfig):
+                share = self.streams.image / self.streams.tokens
+                gathers, sums = 1 + 2 * share, 3 * share
             extra = gathers if parallel.sequence else 0
             forward += Traffic((gathers + sums) * one, ring).times(count)
             backward += Traffic((gathers + sums + extra) * one, ring).times(count)

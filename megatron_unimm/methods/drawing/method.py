@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_unimm.config.flow import FlowConfig
+from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.flow.timesteps import timesteps_of
 from megatron_unimm.flow.weighting import weights_of
 from megatron_unimm.methods.drawing.losses import NUM_BINS, bin_of
@@ -61,6 +62,13 @@ def learned_counts(rows: Sequence[FlowRow], flow: FlowConfig) -> list[int]:
     for row in rows:
         np.add.at(bins, bin_of(frame_timesteps(row, flow)), row.frames.counts * row.learned)
     return [int(bins.sum()), *bins.tolist()]
+
+
+def rows_between_stages(stage: StageConfig, num_vectors: int | None) -> int:
+    """Hidden states, and a copy of the vectors for each context rank."""
+    assert stage.generator is not None
+    vectors = (num_vectors or 0) * stage.generator.mmdit.rows_per_vector
+    return stage.data.sequence_length + stage.system.parallel.context * vectors
 
 
 def timestep_vectors(timesteps: np.ndarray, canvas: Canvas, place: Place) -> Tensor:

@@ -21,8 +21,9 @@ from megatron_unimm.flow.path import interpolate
 from megatron_unimm.flow.path import velocity as flow_velocity
 from megatron_unimm.methods.drawing.losses import flow_matching_loss
 from megatron_unimm.methods.stage_model import StageModel
+from megatron_unimm.models.diffusion import build_diffusion_transformer
 from megatron_unimm.models.mmdit.canvas import Canvas, Place, padded_to
-from megatron_unimm.models.mmdit.model import MMDiT, MMDiTInput
+from megatron_unimm.models.mmdit.trunk import MMDiTInput
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import DTYPES, mmdit_transformer_config
 from megatron_unimm.models.vae import build_vae, encode_patches
@@ -99,7 +100,7 @@ class DrawingModel(StageModel):
         self.model = model
         self.backend = layers_backend(stage.system.layers, platform, stage.system.precision.fp8 is not None)
         self.platform = platform
-        self.mmdit = MMDiT(
+        self.mmdit = build_diffusion_transformer(
             model.mmdit, config, self.backend, groups.collection, self.pre_process, self.post_process, self.vp_stage
         )
         if self.pre_process:
@@ -123,8 +124,9 @@ class DrawingModel(StageModel):
         """Of a micro-batch (first stage)."""
         raise NotImplementedError
 
-    def pooled(self, num_vectors: int) -> Tensor:
-        """The pooled condition ``[n, P]`` of each conditioning vector (first stage)."""
+    def pooled(self, num_vectors: int) -> Tensor | None:
+        """The pooled condition ``[n, P]`` of each conditioning vector (first stage); None where the transformer has
+        none."""
         raise NotImplementedError
 
     def added(self, canvas: Canvas) -> Tensor | None:

@@ -3,12 +3,12 @@ host.
 
 Layouts: T tokens of the row, t = T / context tokens of this rank, N heads of this rank, D head size; rows are packed,
 ``[t, N, D]``. For kinds of the image stream T and t count that stream only: queries, keys, values and outputs are its
-own.
+own. For ``cross`` queries and outputs are the image stream's, keys and values the text stream's.
 
 | layers | kinds | kernel | lowering |
 |---|---|---|---|
 | torch | all | scaled dot product attention, equal sizes batched | :class:`JointSegments` |
-| transformer_engine | joint, image | its variable-length attention | :class:`JointSegments` |
+| transformer_engine | joint, image, cross | its variable-length attention | :class:`JointSegments` |
 | transformer_engine | block_causal, image_block_causal | torch's FlexAttention, compiled | :class:`JointBlocks` |
 
 Under context parallelism each rank has a slice of either stream (visibility.py) and its own queries; keys and values
@@ -17,6 +17,7 @@ ranks: the lowerings know where each token of the row lies there.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from megatron_unimm.models.mmdit.rotary import rotate_pairs
 from megatron_unimm.models.mmdit.visibility import (
     BLOCK_CAUSAL_KINDS,
+    CROSS,
     IMAGE_KINDS,
     TokenTable,
     Traits,
@@ -225,12 +227,22 @@ class JointAttention(torch.nn.Module):
             attended = self.variable_length(queries, keys, values, None, AttnMaskType.no_mask, packed_seq_params=packed)
             attended = attended.view(queries.shape)
         else:
-            attended = _batched(queries, keys, values, segments.batches)
+            attended = batched(queries, keys, values, segments.batches)
         return torch.zeros_like(query).index_copy(0, segments.query_index, attended)
 
 
-def _batched(queries: Tensor, keys: Tensor, values: Tensor, batches: tuple[SegmentBatch, ...]) -> Tensor:
-    """torch's attention, one call per size of segment: ``[q, N, D]`` to ``[k, N, D]``."""
+def batched(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batches: tuple[SegmentBatch, ...],
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
+    """Attention with one call per size of segment: ``[q, N, D]`` to ``[k, N, D]``.
+
+    Args:
+        kernel: of ``[segments, N, num_queries or num_keys, D]``.
+    """
     key_sizes = [batch.num_segments * batch.num_keys for batch in batches]
     outputs = []
     for batch, query, key, value in zip(
@@ -240,7 +252,7 @@ def _batched(queries: Tensor, keys: Tensor, values: Tensor, batches: tuple[Segme
         values.split(key_sizes),
         strict=True,
     ):
-        attended = F.scaled_dot_product_attention(
+        attended = kernel(
             query.unflatten(0, (batch.num_segments, -1)).transpose(1, 2),  # [segments, N, num_queries, D]
             key.unflatten(0, (batch.num_segments, -1)).transpose(1, 2),  # [segments, N, num_keys, D]
             value.unflatten(0, (batch.num_segments, -1)).transpose(1, 2),
@@ -287,9 +299,12 @@ class Cells:
             table = table.image_stream()
         _, first, cell_of = np.unique(np.stack(table.traits()), axis=1, return_index=True, return_inverse=True)
         cell_of = cell_of.reshape(-1)
-        gathered = [cell_of[local_index(table, rank, context_size)] for rank in range(context_size)]
+        parts = [local_index(table, rank, context_size) for rank in range(context_size)]
+        queries, keys = parts[context_rank], np.concatenate(parts)
+        if kind == CROSS:
+            queries, keys = queries[queries >= table.num_text], keys[keys < table.num_text]
         sees = visible(table, kind, first, first)
-        return cls(table.traits().at(first), sees, gathered[context_rank], np.concatenate(gathered))
+        return cls(table.traits().at(first), sees, cell_of[queries], cell_of[keys])
 
 
 def _segments(cells: Cells) -> list[tuple[np.ndarray, np.ndarray]]:

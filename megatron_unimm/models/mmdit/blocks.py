@@ -23,7 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_unimm.config.mmdit import FluxConfig, MMDiT
+from megatron_unimm.config.mmdit import FluxConfig, Sd3Config
 from megatron_unimm.models.mmdit.attention import JointAttention
 from megatron_unimm.models.mmdit.modulation import Modulation, VectorOfToken, add_gated, modulate, plain_norm
 from megatron_unimm.models.mmdit.row import MMDiTRow
@@ -37,6 +37,7 @@ class AttentionProjections(MegatronModule):
 
     Args:
         with_output: False where nothing reads the stream afterwards.
+        qkv_bias: of queries, keys and values.
     """
 
     def __init__(
@@ -46,11 +47,15 @@ class AttentionProjections(MegatronModule):
         backend: str,
         groups: ProcessGroupCollection,
         with_output: bool = True,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__(config)
         provider = layers_provider(backend)
         self.linear_qkv = provider.column_parallel_linear()(
-            config.hidden_size, 3 * config.hidden_size, gather_output=False, **_linear("qkv", config, groups)
+            config.hidden_size,
+            3 * config.hidden_size,
+            gather_output=False,
+            **linear_options("qkv", config, groups, bias=qkv_bias),
         )
         self.has_norm = qk_norm
         if qk_norm:
@@ -59,7 +64,7 @@ class AttentionProjections(MegatronModule):
             self.k_layernorm = norm(config=config, hidden_size=config.kv_channels, eps=config.layernorm_epsilon)
         if with_output:
             self.linear_proj = provider.row_parallel_linear()(
-                config.hidden_size, config.hidden_size, input_is_parallel=True, **_linear("proj", config, groups)
+                config.hidden_size, config.hidden_size, input_is_parallel=True, **linear_options("proj", config, groups)
             )
 
     def qkv(self, hidden_s1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,14 +196,17 @@ class SingleBlock(MegatronModule):
         self.modulation = Modulation(3, config, pg_collection)
         self.attention = AttentionProjections(True, config, backend, pg_collection, with_output=False)
         self.linear_fc1 = provider.column_parallel_linear()(
-            config.hidden_size, config.ffn_hidden_size, gather_output=False, **_linear("fc1", config, pg_collection)
+            config.hidden_size,
+            config.ffn_hidden_size,
+            gather_output=False,
+            **linear_options("fc1", config, pg_collection),
         )
         assert config.ffn_hidden_size is not None
         self.linear_out = provider.row_parallel_linear()(
             config.hidden_size + config.ffn_hidden_size,
             config.hidden_size,
             input_is_parallel=True,
-            **_linear("fc2", config, pg_collection),
+            **linear_options("fc2", config, pg_collection),
         )
         self.joint_attention = JointAttention(config, backend, pg_collection.cp, JOINT)
 
@@ -226,12 +234,8 @@ class SingleBlock(MegatronModule):
         return state
 
 
-def layer_specs(model: MMDiT, backend: str, first: int, count: int) -> list[ModuleSpec]:
-    """Layers ``first`` … of a model, as one pipeline stage builds them."""
-    return [_layer_spec(model, backend, number) for number in range(first, first + count)]
-
-
-def _layer_spec(model: MMDiT, backend: str, number: int) -> ModuleSpec:
+def layer_spec(model: Sd3Config | FluxConfig, backend: str, number: int) -> ModuleSpec:
+    """Layer ``number`` (zero-based) of a model."""
     if isinstance(model, FluxConfig):
         if number < model.num_layers:
             return ModuleSpec(JointBlock, params=dict(qk_norm=True, backend=backend))
@@ -247,12 +251,14 @@ def _layer_spec(model: MMDiT, backend: str, number: int) -> ModuleSpec:
     )
 
 
-def _linear(name: str, config: TransformerConfig, groups: ProcessGroupCollection) -> dict[str, Any]:
+def linear_options(
+    name: str, config: TransformerConfig, groups: ProcessGroupCollection, *, bias: bool = True
+) -> dict[str, Any]:
     """What all linear layers are built with."""
     return dict(
         config=config,
         init_method=config.init_method,
-        bias=True,
+        bias=bias,
         skip_bias_add=False,
         is_expert=False,
         tp_comm_buffer_name=name,
@@ -271,7 +277,7 @@ def _run_mlp(config: TransformerConfig, mlp: MLP, hidden: Tensor) -> Tensor:
         grown, bias = mlp(hidden)
         return grown + bias
 
-    return _recomputed(config, "mlp", run, hidden)
+    return recomputed(config, "mlp", run, hidden)
 
 
 def _core(
@@ -280,10 +286,10 @@ def _core(
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(query, key, value, row.joint)
 
-    return _recomputed(config, "core_attn", run, query, key, value)
+    return recomputed(config, "core_attn", run, query, key, value)
 
 
-def _recomputed(config: TransformerConfig, name: str, run: Any, *inputs: Tensor) -> Tensor:
+def recomputed(config: TransformerConfig, name: str, run: Any, *inputs: Tensor) -> Tensor:
     """``run(*inputs)``, done again in the backward pass where the config says so."""
     chosen = config.recompute_granularity == "selective" and name in (config.recompute_modules or ())
     if chosen and torch.is_grad_enabled():

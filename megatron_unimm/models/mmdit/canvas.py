@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig, Sd3Config
+from megatron_unimm.config.mmdit import FluxConfig, ImageGeneratorConfig, SanaConfig, Sd3Config
 from megatron_unimm.models.mmdit.attention import JointContext, lower
 from megatron_unimm.models.mmdit.frames import Frames
+from megatron_unimm.models.mmdit.pictures import PictureBatches
 from megatron_unimm.models.mmdit.positions import flux_positions, table_index
 from megatron_unimm.models.mmdit.rotary import axes_angles
 from megatron_unimm.models.mmdit.row import MMDiTRow
@@ -63,11 +64,9 @@ class Canvas:
         table = _table(frames, frame, num_text)
         local = local_index(table, *place.context)
         in_text = local < num_text
-        kinds = ["joint"]
-        if isinstance(model.mmdit, Sd3Config) and model.mmdit.dual_attention_layers:
-            kinds.append("image")
+        assert model.mmdit.looks_back or not frames.look_back, f"{model.mmdit.family} sees one picture at a time"
         # Layers ask for the plain kinds; where frames look back, they get the block-causal ones in their place.
-        rules = {kind: _BLOCK_CAUSAL[kind] if frames.look_back else kind for kind in kinds}
+        rules = {kind: _BLOCK_CAUSAL[kind] if frames.look_back else kind for kind in model.mmdit.attention_kinds}
         joint = JointContext(
             lowerings={
                 kind: lower(table, rule, place.backend, place.device, *place.context) for kind, rule in rules.items()
@@ -80,7 +79,7 @@ class Canvas:
             found = [table_index(rows, columns, grid) for rows, columns in grids_of(frames.sizes)]
             positions[: frames.counts.sum()] = np.concatenate([np.zeros(0, dtype=np.int64), *found])
             positions = _tensor(positions[local[~in_text] - num_text], place)
-        else:
+        elif isinstance(model.mmdit, FluxConfig):
             joint.cos, joint.sin = _rotary(model.mmdit, frames, frame, num_text, local, place)
         num_vectors = place.num_vectors or max(1, len(frames))
         assert len(frames) <= num_vectors, (len(frames), num_vectors)
@@ -94,6 +93,8 @@ class Canvas:
             context=place.context,
             sequence=place.sequence,
         )
+        if isinstance(model.mmdit, SanaConfig):
+            row.pictures = PictureBatches.build(frames.sizes, place.device)
         return cls(
             row=row,
             text_index=_tensor(local[in_text], place),

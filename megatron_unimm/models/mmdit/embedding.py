@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_unimm.config.mmdit import MMDiTConfig, Sd3Config
+from megatron_unimm.config.mmdit import DiffusionTransformerConfig, MMDiTConfig, Sd3Config
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10000.0
@@ -55,11 +55,12 @@ class ConditioningVector(nn.Module):
 
 
 class LatentEmbedder(nn.Module):
-    """Patches of latents to tokens; SD3 adds a fixed table of positions, FLUX rotates queries and keys instead."""
+    """Patches of latents to tokens; SD3 adds a fixed table of positions, FLUX rotates queries and keys instead, and
+    SANA's convolutions see what is beside what."""
 
     position_table: Tensor
 
-    def __init__(self, model: MMDiTConfig) -> None:
+    def __init__(self, model: DiffusionTransformerConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(model.patch_dim, model.hidden_size)
         self.has_table = isinstance(model, Sd3Config)

@@ -1,4 +1,5 @@
-"""What all layers of an MMDiT share about a row: where its two streams lie, and which vector each token goes by.
+"""What all layers of a diffusion transformer share about a row: where its two streams lie, and which vector each token
+goes by.
 
 A row has the text stream of all its pictures in front and their image stream behind. Context parallelism gives each
 rank a slice of both, sequence parallelism cuts that again:
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megatron_unimm.models.mmdit.attention import JointContext
 from megatron_unimm.models.mmdit.modulation import VectorOfToken
+from megatron_unimm.models.mmdit.pictures import PictureBatches
 from megatron_unimm.models.mmdit.visibility import TokenTable, local_index
 
 
@@ -42,6 +44,8 @@ class MMDiTRow(PackedSeqParams):
     where they come so."""
     gathered_order: Tensor | None = None
     """int64 ``[t]``: its inverse."""
+    pictures: PictureBatches | None = None
+    """Which image tokens lie together, for layers that convolve over them (SANA)."""
 
     @classmethod
     def build(

@@ -9,6 +9,7 @@ T = T_text + T_image tokens. A sample may hold several frames (the images of an 
   twice: noisy, to be denoised, and clean, to be looked back at; conditions are its text and visual latents.
 - ``image_block_causal``: the same, among the tokens of the image stream only. Plain ``image`` would show noisy tokens
   the clean ones of their own frame.
+- ``cross``: tokens of the image stream see those of the text stream, of their own frame (SANA).
 
 ``block_causal`` on two frames, row sees column; c condition, n noisy, x clean, the digit is the frame:
 
@@ -41,7 +42,8 @@ import numpy as np
 
 IMAGE_KINDS = ("image", "image_block_causal")
 BLOCK_CAUSAL_KINDS = ("block_causal", "image_block_causal")
-KINDS = ("joint", "image", *BLOCK_CAUSAL_KINDS)
+CROSS = "cross"
+KINDS = ("joint", "image", *BLOCK_CAUSAL_KINDS, CROSS)
 
 
 class Role(IntEnum):
@@ -113,6 +115,8 @@ def sees(kind: str, query: Traits, key: Traits) -> Any:
     seen = (query.sample == key.sample) & ~query.is_padding & ~key.is_padding
     if kind in IMAGE_KINDS:
         seen = seen & query.in_image & key.in_image
+    if kind == CROSS:
+        seen = seen & query.in_image & ~key.in_image & (query.frame == key.frame)
     if kind in BLOCK_CAUSAL_KINDS:
         earlier, same_frame = key.frame < query.frame, key.frame == query.frame
         to_clean = earlier | (same_frame & query.is_clean)

@@ -59,10 +59,10 @@ def load_of(row: FrameRow) -> MMDiTLoad:
     return MMDiTLoad(row.num_text, row.num_tokens - row.num_text, len(row.frames), *_pairs(row.frames))
 
 
-def _pairs(frames: Frames) -> tuple[float, float]:
+def _pairs(frames: Frames) -> tuple[float, float, float, float]:
     """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
     itself and the clean ones before, a noisy one with its condition itself, the same, and the shared conditions
-    before."""
+    before. Then those of images with their conditions, and the image tokens."""
     joint = image = 0.0
     tokens = frames.counts.astype(np.float64)
     shared = np.zeros(len(frames)) if frames.num_shared is None else frames.num_shared
@@ -72,4 +72,4 @@ def _pairs(frames: Frames) -> tuple[float, float]:
         beside = 0.0 if frames.is_clean[place] else float(shared[before].sum())
         joint += (tokens[place] + condition) * (tokens[place] + condition + seen + beside)
         image += tokens[place] * (tokens[place] + seen)
-    return joint, image
+    return joint, image, float((tokens * frames.num_condition).sum()), float(tokens.sum())

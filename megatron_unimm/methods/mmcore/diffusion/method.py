@@ -19,6 +19,7 @@ from megatron_unimm.methods.drawing.method import (
     frame_timesteps,
     learned_counts,
     loss_input,
+    rows_between_stages,
     stored,
     timestep_vectors,
 )
@@ -194,5 +195,5 @@ def num_vectors(stage: StageConfig) -> int | None:
 
 
 def travelling_rows(stage: StageConfig) -> int:
-    """Hidden states, and a copy of the vectors for each context rank."""
-    return stage.data.sequence_length + stage.system.parallel.context * (num_vectors(stage) or 0)
+    """As of all methods that draw."""
+    return rows_between_stages(stage, num_vectors(stage))

@@ -18,7 +18,7 @@ from megatron_unimm.methods.drawing.model import DrawingBatch
 from megatron_unimm.methods.mmcore.diffusion.model import DiffusionBatch, MMCoreDiffusionModel
 from megatron_unimm.methods.mmcore.policy.losses import policy_loss
 from megatron_unimm.methods.vlm.model import FrozenParts
-from megatron_unimm.models.mmdit.model import MMDiTInput
+from megatron_unimm.models.mmdit.trunk import MMDiTInput
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 

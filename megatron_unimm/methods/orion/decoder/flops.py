@@ -20,7 +20,8 @@ def row_flops(row: DrawingRow, stage: StageConfig) -> float:
 def sample_flops(sample: DrawingSample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vector, the
     vision encoder."""
-    load = MMDiTLoad(0, 0, 1, float(len(sample) ** 2), float(sample.num_picture**2))
+    drawn = float(sample.num_picture)
+    load = MMDiTLoad(0, 0, 1, float(len(sample) ** 2), drawn**2, drawn * (len(sample) - drawn), drawn)
     return mmdit_cost(load, stage, "connector") + _tower(sample.grids, stage)
 
 
@@ -29,7 +30,9 @@ def load_of(row: DrawingRow) -> MMDiTLoad:
     tokens = row.pictures.prod(axis=1)
     joint_pairs = float(((row.num_condition + tokens) ** 2).sum())
     num_image = row.num_tokens - row.num_text
-    return MMDiTLoad(row.num_text, num_image, len(tokens), joint_pairs, float((tokens**2).sum()))
+    cross_pairs = float((row.num_condition * tokens).sum())
+    image_pairs, drawn = float((tokens**2).sum()), float(tokens.sum())
+    return MMDiTLoad(row.num_text, num_image, len(tokens), joint_pairs, image_pairs, cross_pairs, drawn)
 
 
 def _tower(grids: np.ndarray, stage: StageConfig) -> float:

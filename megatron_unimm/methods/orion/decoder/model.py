@@ -76,8 +76,8 @@ class OrionDecoderModel(DrawingModel):
         assert batch.condition is not None
         return Condition(self.condition(self._visual_tokens(batch.condition), batch.condition))
 
-    def pooled(self, num_vectors: int) -> Tensor:
-        return self.connector.pooled.expand(num_vectors, -1)
+    def pooled(self, num_vectors: int) -> Tensor | None:
+        return None if self.connector.pooled is None else self.connector.pooled.expand(num_vectors, -1)
 
     def _visual_tokens(self, condition: ConditionInput) -> Tensor:
         """``[V, H]``, of images as the base model's vision encoder sees them, without deepstack levels."""

@@ -1,0 +1,1 @@
+"""SANA, a diffusion transformer of linear attention (arXiv 2410.10629)."""
