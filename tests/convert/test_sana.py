@@ -174,8 +174,8 @@ def test_velocities_are_those_of_diffusers(case: str, layout: str, results: Path
     assert worst <= TOLERANCE
 
 
-# Not of "biased": one of its gradients differs by 2.8e-4 (queries of the last linear attention, all others by less), which
-# may be rounding where a query's weights are all near zero; a reference in float64 has to tell.
+# Not of "biased": there the worst gradient differs by 2.8e-4 (queries of the last linear attention), which may be
+# rounding where a query's weights are all near zero; a reference in float64 has to tell.
 @pytest.mark.parametrize("case", ["published"])
 def test_gradients_are_those_of_diffusers(case: str, results: Path) -> None:
     """Of every weight, brought to the hub's layout by the table, and of the inputs."""
