@@ -227,7 +227,7 @@ class JointAttention(torch.nn.Module):
             attended = self.variable_length(queries, keys, values, None, AttnMaskType.no_mask, packed_seq_params=packed)
             attended = attended.view(queries.shape)
         else:
-            attended = batched(queries, keys, values, segments.batches)
+            attended = batched(queries, keys, values, segments.batches, softmax_kernel)
         return torch.zeros_like(query).index_copy(0, segments.query_index, attended)
 
 
@@ -236,7 +236,7 @@ def batched(
     keys: Tensor,
     values: Tensor,
     batches: tuple[SegmentBatch, ...],
-    kernel: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
+    kernel: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Attention with one call per size of segment: ``[q, N, D]`` to ``[k, N, D]``.
 
@@ -259,6 +259,11 @@ def batched(
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+def softmax_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's attention, looked up when it is called: on the meta device it is another (``platform_meta.py``)."""
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _variable_length(config: TransformerConfig) -> torch.nn.Module:
