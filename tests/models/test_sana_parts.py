@@ -14,11 +14,13 @@ CPU = torch.device("cpu")
 
 
 def test_linear_attention_is_a_weighted_mean() -> None:
-    """Each query's weights are its products with the keys, without what is negative."""
+    """Each query's weights are its products with the keys, without what is negative; without weights it reads zeros."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 5, 7, 4).unbind(0)  # [segments, heads, tokens, head size]
     weights = F.relu(query) @ F.relu(key).transpose(-1, -2)
-    expected = weights @ value / weights.sum(-1, keepdim=True)
+    sums = weights.sum(-1, keepdim=True)
+    assert not sums.all()
+    expected = torch.where(sums > 0, weights @ value / sums, 0.0)
     torch.testing.assert_close(relu_kernel(query, key, value), expected, rtol=1e-5, atol=1e-6)
     low = relu_kernel(*(heads.bfloat16() for heads in (query, key, value)))
     assert low.dtype == torch.bfloat16
