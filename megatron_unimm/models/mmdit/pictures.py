@@ -15,7 +15,7 @@ from torch import Tensor
 class GridBatch(NamedTuple):
     """Pictures of one size, computed as a batch."""
 
-    count: int
+    num_pictures: int
     rows: int
     columns: int
 
@@ -47,7 +47,7 @@ class PictureBatches:
         )
 
     def grids(self, tokens_UF: Tensor) -> list[Tensor]:
-        """``[count, rows, columns, F]`` of each size, from tokens in the order of ``index``."""
-        parts = tokens_UF.split([batch.count * batch.rows * batch.columns for batch in self.batches])
+        """``[num_pictures, rows, columns, F]`` of each size, from tokens in the order of ``index``."""
+        parts = tokens_UF.split([batch.num_pictures * batch.rows * batch.columns for batch in self.batches])
         width = tokens_UF.shape[1]
         return [part.reshape(*batch, width) for part, batch in zip(parts, self.batches, strict=True)]
