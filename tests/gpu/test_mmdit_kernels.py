@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_unimm.models.mmdit.attention import JointAttention, JointBlocks, JointSegments, lower
-from megatron_unimm.models.mmdit.visibility import IMAGE_KINDS, KINDS, Role, TokenTable, local_index
+from megatron_unimm.models.mmdit.visibility import CROSS, IMAGE_KINDS, KINDS, Role, TokenTable, local_index
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,11 +60,19 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator(GPU).manual_seed(len(shape)), device=GPU)
 
 
-def run(module: JointAttention, lowering: JointSegments | JointBlocks, dtype: torch.dtype, num_tokens: int):
-    """Output and gradients of queries, keys, values."""
-    heads = [part.to(dtype).requires_grad_() for part in draw(3, num_tokens, NUM_HEADS, HEAD_SIZE)]
+def run(
+    module: JointAttention,
+    lowering: JointSegments | JointBlocks,
+    dtype: torch.dtype,
+    num_queries: int,
+    num_keys: int | None = None,
+):
+    """Output and gradients of queries, keys, values, of which there are as many unless ``num_keys`` says another."""
+    counts = (num_queries, num_keys or num_queries, num_keys or num_queries)
+    drawn = draw(3, max(counts), NUM_HEADS, HEAD_SIZE).to(dtype)
+    heads = [part[:count].clone().requires_grad_() for part, count in zip(drawn, counts, strict=True)]
     output = module.attend(*heads, lowering)
-    weight = draw(num_tokens, NUM_HEADS * HEAD_SIZE)
+    weight = draw(num_queries, NUM_HEADS * HEAD_SIZE)
     return output, *torch.autograd.grad((output.float() * weight).sum(), heads)
 
 
@@ -76,14 +84,17 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_equals_torch(kind: str) -> None:
     """The kernel that each kind gets: output, gradients, zeros at padding."""
-    row = ROW.image_stream() if kind in IMAGE_KINDS else ROW
-    expected = run(attention("torch", kind), lower(ROW, kind, "torch", GPU), torch.float32, len(row))
+    padding = torch.from_numpy(ROW.role == Role.PADDING).to(GPU)
+    of_image, of_text = padding[ROW.num_text :], padding[: ROW.num_text]
+    of_queries = of_image if kind in (*IMAGE_KINDS, CROSS) else padding
+    of_keys = of_text if kind == CROSS else of_queries
+    counts = len(of_queries), len(of_keys)
+    expected = run(attention("torch", kind), lower(ROW, kind, "torch", GPU), torch.float32, *counts)
     fused = lower(ROW, kind, "transformer_engine", GPU)
-    found = run(attention("transformer_engine", kind), fused, torch.bfloat16, len(row))
-    padding = torch.from_numpy(row.role == Role.PADDING).to(GPU)
-    for ours, theirs in zip(found, expected, strict=True):
+    found = run(attention("transformer_engine", kind), fused, torch.bfloat16, *counts)
+    for ours, theirs, padded in zip(found, expected, (of_queries, of_queries, of_keys, of_keys), strict=True):
         assert_close(ours, theirs)
-        assert ours[padding].abs().max() == 0
+        assert ours[padded].abs().max() == 0
 
 
 def test_variable_lengths_with_repeated_keys() -> None:

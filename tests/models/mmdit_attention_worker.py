@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_unimm.models.mmdit.attention import JointAttention, JointBlocks, JointSegments
-from megatron_unimm.models.mmdit.visibility import IMAGE_KINDS, Role, TokenTable, local_index
+from megatron_unimm.models.mmdit.visibility import CROSS, IMAGE_KINDS, Role, TokenTable, local_index
 
 NUM_HEADS, HEAD_SIZE = 2, 4
 CPU = torch.device("cpu")
@@ -94,9 +94,13 @@ def row_of(name: str | int) -> TokenTable:
     return make_row([[tuple(map(int, token)) for token in stream] for stream in streams])
 
 
-def stream_of(table: TokenTable, kind: str) -> TokenTable:
-    """The tokens that attention of a kind is over."""
-    return table.image_stream() if kind in IMAGE_KINDS else table
+def sides(table: TokenTable, kind: str, rank: int = 0, size: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Whose queries and whose keys one context rank has in attention of a kind, as tokens of the row."""
+    mine = local_index(table, rank, size)
+    text, image = np.split(mine, [table.num_text // size])
+    if kind == CROSS:
+        return image, text
+    return (image, image) if kind in IMAGE_KINDS else (mine, mine)
 
 
 def inputs(num_tokens: int) -> tuple[Tensor, ...]:
@@ -104,6 +108,13 @@ def inputs(num_tokens: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(num_tokens)
     heads = torch.randn(3, num_tokens, NUM_HEADS, HEAD_SIZE, generator=generator, dtype=torch.float64)
     return *heads, torch.randn(num_tokens, NUM_HEADS * HEAD_SIZE, generator=generator, dtype=torch.float64)
+
+
+def inputs_of(table: TokenTable, kind: str, rank: int = 0, size: int = 1) -> tuple[Tensor, ...]:
+    """The same of the tokens that one rank has."""
+    queries, keys = map(torch.from_numpy, sides(table, kind, rank, size))
+    query, key, value, weight = inputs(len(table))
+    return query[queries], key[keys], value[keys], weight[queries]
 
 
 def attention(kind: str, kernel: str, group: Any) -> JointAttention:
@@ -121,8 +132,7 @@ def lowered(table: TokenTable, kind: str, kernel: str, rank: int = 0, size: int 
 def results(table: TokenTable, kind: str, kernel: str, group: Any, rank: int = 0) -> dict[str, Tensor]:
     """Output and gradients of one rank's tokens."""
     torch._dynamo.reset()  # FlexAttention without compilation traces each call anew, up to a limit
-    mine = torch.from_numpy(local_index(stream_of(table, kind), rank, group.size()))
-    *heads, weight = (values[mine] for values in inputs(len(stream_of(table, kind))))
+    *heads, weight = inputs_of(table, kind, rank, group.size())
     heads = [part.requires_grad_() for part in heads]
     module = attention(kind, kernel, group)
     output = module.attend(*heads, lowered(table, kind, kernel, rank, group.size()))
@@ -150,10 +160,10 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     for case in cases:
         table, kind, group = row_of(case["row"]), case["kind"], groups[case["size"]]
         found = results(table, kind, case["kernel"], group, group.rank())
-        order = np.concatenate(
-            [local_index(stream_of(table, kind), rank, group.size()) for rank in range(case["size"])]
-        )
-        whole = {name: gathered(values, order, group) for name, values in found.items()}
+        parts = zip(*(sides(table, kind, rank, case["size"]) for rank in range(case["size"])), strict=True)
+        of_queries, of_keys = map(np.concatenate, parts)
+        orders = {"output": of_queries, "query": of_queries, "key": of_keys, "value": of_keys}
+        whole = {name: gathered(found[name], order, group) for name, order in orders.items()}
         if dist.get_rank() == 0:
             torch.save(whole, folder / f"{case['name']}.pt")
     dist.destroy_process_group()

@@ -12,12 +12,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
-from mmdit_attention_worker import CPU, HEAD_SIZE, KERNELS, NUM_HEADS, Alone, inputs, lowered, make_row, row_of
+from mmdit_attention_worker import (
+    CPU,
+    HEAD_SIZE,
+    KERNELS,
+    NUM_HEADS,
+    Alone,
+    inputs,
+    inputs_of,
+    lowered,
+    make_row,
+    row_of,
+)
 from torch import Tensor
 
 from megatron_unimm.models.mmdit.attention import JointBlocks, JointContext, JointSegments, SegmentBatch, lower
 from megatron_unimm.models.mmdit.rotary import axes_angles, rotate_pairs
-from megatron_unimm.models.mmdit.visibility import KINDS, Role, TokenTable, Traits, local_index, sees, visible
+from megatron_unimm.models.mmdit.visibility import CROSS, KINDS, Role, TokenTable, Traits, local_index, sees, visible
 
 TOLERANCE = 1e-12
 """Absolute, in double. Measured 1.3e-15 on outputs, 2.2e-15 on gradients, for every kernel."""
@@ -61,6 +72,8 @@ def may_see(kind: str, table: TokenTable, query: int, key: int) -> bool:
         return False
     if kind.startswith("image") and min(query, key) < table.num_text:
         return False
+    if kind == "cross":
+        return key < table.num_text <= query and table.frame[query] == table.frame[key]
     if not kind.endswith("block_causal"):
         return True
     ahead = table.frame[query] - table.frame[key]
@@ -73,14 +86,14 @@ def may_see(kind: str, table: TokenTable, query: int, key: int) -> bool:
 
 def reference(table: TokenTable, kind: str) -> dict[str, Tensor]:
     """Output and gradients, one query after the other."""
-    table = worker.stream_of(table, kind)
-    *heads, weight = inputs(len(table))
+    queries, keys = worker.sides(table, kind)
+    *heads, weight = inputs_of(table, kind)
     query, key, value = (part.requires_grad_() for part in heads)
     rows = []
-    for number in range(len(table)):
-        keys = [other for other in range(len(table)) if may_see(kind, table, number, other)]
-        attended = worker.softmax_attention(query[[number]], key[keys], value[keys])
-        rows.append(attended if keys else torch.zeros_like(weight[[number]]))
+    for number, token in enumerate(queries):
+        seen = [place for place, other in enumerate(keys) if may_see(kind, table, token, other)]
+        attended = worker.softmax_attention(query[[number]], key[seen], value[seen])
+        rows.append(attended if seen else torch.zeros_like(weight[[number]]))
     output = torch.cat(rows)
     gradients = torch.autograd.grad((output * weight).sum(), (query, key, value), allow_unused=True)
     return {"output": output.detach(), **dict(zip(("query", "key", "value"), gradients, strict=True))}
@@ -125,12 +138,13 @@ def test_outputs_and_gradients(kind: str, kernel: str) -> None:
         assert_equal(worker.results(table, kind, kernel, Alone()), reference(table, kind))
 
 
-def long_row() -> TokenTable:
-    """Two samples of three frames of 100 tokens: some blocks of 128 are empty, some full, most mixed."""
+def long_row(num_conditions: int = 20) -> TokenTable:
+    """Two samples of three frames of 100 tokens: some blocks of 128 are empty, some full, most mixed. For full ones in
+    the text stream it takes 260 conditions of each frame."""
     text, image = [], []
     for sample in range(2):
         for frame in range(3):
-            text += [(sample, frame, CONDITION)] * 20
+            text += [(sample, frame, CONDITION)] * num_conditions
             image += [(sample, frame, NOISY)] * (300 if frame == 1 else 100) + [(sample, frame, CLEAN)] * 150
     return make_row([text, image + [(1, 0, PADDING)] * 60])
 
@@ -139,17 +153,16 @@ def long_row() -> TokenTable:
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 4)])
 def test_blocks_equal_those_of_torch(kind: str, rank: int, size: int) -> None:
     """Which blocks are full and which are mixed, counted by us and drawn out by torch."""
-    table = long_row()
+    table = long_row(260 if kind == CROSS else 20)
     found = JointBlocks.build(table, kind, CPU, rank, size).block_mask
-    row = worker.stream_of(table, kind)
-    keys = np.concatenate([local_index(row, number, size) for number in range(size)])
-    mask = torch.from_numpy(visible(table, kind, *(index + len(table) - len(row) for index in (keys, keys))))
-    mine = torch.from_numpy(np.flatnonzero(np.isin(keys, local_index(row, rank, size))))
+    queries = worker.sides(table, kind, rank, size)[0]
+    keys = np.concatenate([worker.sides(table, kind, number, size)[1] for number in range(size)])
+    mask = torch.from_numpy(visible(table, kind, queries, keys))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask[mine[query], key]
+        return mask[query, key]
 
-    expected = flex.create_block_mask(mask_mod, 1, 1, len(mine), len(keys), device="cpu")
+    expected = flex.create_block_mask(mask_mod, 1, 1, len(queries), len(keys), device="cpu")
     assert found.shape == expected.shape
     parts = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices")
     for name in (*parts, "full_q_num_blocks", "full_q_indices"):
@@ -159,7 +172,7 @@ def test_blocks_equal_those_of_torch(kind: str, rank: int, size: int) -> None:
         assert found.kv_num_blocks.sum() > 0
         assert (found.full_kv_num_blocks + found.kv_num_blocks).min() < len(keys) // 128
     found_mask, expected_mask = (
-        flex.create_mask(mask.mask_mod, 1, 1, len(mine), len(keys), device="cpu") for mask in (found, expected)
+        flex.create_mask(mask.mask_mod, 1, 1, len(queries), len(keys), device="cpu") for mask in (found, expected)
     )
     assert torch.equal(found_mask, expected_mask)
 
@@ -197,8 +210,8 @@ def test_a_new_row_does_not_recompile_flex() -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_segments_hold_visible_pairs_and_no_other(kind: str, seed: int) -> None:
     """What attention costs is what the rule asks for."""
-    table = worker.stream_of(row_of(seed), kind)
-    segments = JointSegments.build(row_of(seed), kind, CPU)
+    table = row_of(seed)
+    segments = JointSegments.build(table, kind, CPU)
     pairs = sum(count * queries * keys for count, queries, keys in segments.batches)
     everything = np.arange(len(table))
     assert pairs == visible(table, kind, everything, everything).sum()
@@ -291,29 +304,40 @@ def test_shared_conditions_carry_their_frame_to_later_ones(kernel: str, role: Ro
     )
 
 
+def padding_of(table: TokenTable, kind: str) -> list[Tensor]:
+    """bool, of queries and of keys."""
+    return [torch.from_numpy(table.role[tokens] == PADDING) for tokens in worker.sides(table, kind)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kernel", KERNELS[:2])
 def test_padding_is_zero_and_costs_nothing(kind: str, kernel: str) -> None:
     """Even if it held no numbers."""
     table = row_of("sparse")
-    padding = torch.from_numpy(worker.stream_of(table, kind).role == PADDING)
-    *heads, weight = inputs(len(padding))
-    heads = [part.masked_fill(padding[:, None, None], torch.nan).requires_grad_() for part in heads]
+    of_queries, of_keys = padding_of(table, kind)
+    *heads, weight = inputs_of(table, kind)
+    paddings = [of_queries, of_keys, of_keys]
+    for part, padding in zip(heads, paddings, strict=True):
+        part[padding] = torch.nan
+        part.requires_grad_()
     lowering = lowered(table, kind, kernel)
     assert isinstance(lowering, JointSegments)
-    assert len(lowering.query_index) == (~padding).sum()
+    assert len(lowering.query_index) == visible(table, kind, *worker.sides(table, kind)).any(axis=1).sum()
     output = worker.attention(kind, kernel, Alone()).attend(*heads, lowering)
-    for values in (output, *torch.autograd.grad((output * weight).sum(), heads)):
+    gradients = torch.autograd.grad((output * weight).sum(), heads)
+    for values, padding in zip((output, *gradients), [of_queries, *paddings], strict=True):
         assert values.isfinite().all()
         assert values[padding].abs().max() == 0
+    for values, padding in ((output, of_queries), (gradients[2], of_keys)):
         assert values[~padding].abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_is_zero_in_flex(kind: str) -> None:
     table = row_of("sparse")
-    padding = torch.from_numpy(worker.stream_of(table, kind).role == PADDING)
-    for values in worker.results(table, kind, "flex", Alone()).values():
+    of_queries, of_keys = padding_of(table, kind)
+    for name, values in worker.results(table, kind, "flex", Alone()).items():
+        padding = of_keys if name in ("key", "value") else of_queries
         assert values.isfinite().all()
         assert values[padding].abs().max() == 0
 
