@@ -97,7 +97,7 @@ def check_layout(stage: StageConfig, world_size: int) -> int:
     """
     parallel, trunk = stage.system.parallel, trunk_of(stage)
     # A diffusion transformer may have the language model beside it, on the same ranks.
-    beside = stage.method.trunk == "mmdit" and stage.method.needs_queries
+    beside = stage.method.trunk == "mmdit" and bool(stage.method.query_section)
     moe = stage.model.backbone.moe if stage.method.trunk == "backbone" or beside else None
     _check_switches(parallel, trunk, moe)
     _check_world(parallel, world_size)
@@ -178,6 +178,8 @@ def _tensor_sharded(stage: StageConfig, trunk: Trunk) -> Iterator[tuple[str, int
     yield from stage.method.tensor_sharded(hidden).items()
     if stage.queries is not None:
         yield from stage.queries.tensor_sharded(hidden).items()
+    if stage.hieraquery is not None:
+        yield from stage.hieraquery.tensor_sharded.items()
 
 
 def _check_experts(parallel: ParallelConfig, moe: MoEConfig | None) -> None:
@@ -271,6 +273,15 @@ def _check_system(system: SystemConfig) -> None:
             raise ConfigError(
                 field, "set, but system.layers is torch; it needs layers: transformer_engine, or switch it off"
             )
+
+
+def chunk_of_layer(stage: StageConfig, layer: int) -> tuple[int, int]:
+    """Pipeline rank, and chunk on it, that have a layer of the trunk (1 first)."""
+    parallel = stage.system.parallel
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    counts = parallel.layers_per_stage or [trunk_of(stage).num_layers // chunks] * chunks
+    number = next(number for number in range(chunks) if sum(counts[: number + 1]) >= layer)
+    return number % parallel.pipeline, number // parallel.pipeline
 
 
 def stream_multiple(stage: StageConfig) -> int:

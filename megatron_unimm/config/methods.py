@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.flow import FlowConfig, SamplerConfig
@@ -25,8 +25,8 @@ class OrionConfig(Section):
     name: Literal["orion"] = "orion"
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
     """The part that is spread over the whole layout; every method's section says so."""
-    needs_queries: ClassVar[bool] = False
-    """Whether it wants the stage's section queries; every method's section says so."""
+    query_section: ClassVar[Literal["", "queries", "hieraquery"]] = ""
+    """The section of the stage that says what query tokens its VLM has, if any; every method's section says so."""
     looks_back: ClassVar[bool] = False
     """Whether a picture that is drawn sees those before it; every method's section says so."""
     vision_head: VisionHeadConfig = VisionHeadConfig()
@@ -61,7 +61,7 @@ class OrionDecoderConfig(Section):
 
     name: Literal["orion_decoder"]
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
-    needs_queries: ClassVar[bool] = False
+    query_section: ClassVar[Literal["", "queries", "hieraquery"]] = ""
     looks_back: ClassVar[bool] = False
     connector: ConnectorConfig = ConnectorConfig()
     flow: FlowConfig = FlowConfig()
@@ -97,7 +97,7 @@ class MMCoreConfig(Section):
 
     name: Literal["mmcore"]
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
-    needs_queries: ClassVar[bool] = True
+    query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "queries"
     looks_back: ClassVar[bool] = False
     loss_weights: MMCoreLossWeights = MMCoreLossWeights()
 
@@ -127,7 +127,7 @@ class MMCoreDrawing(Section):
     """What the stages of MMCORE share that train its diffusion transformer (section 3.2)."""
 
     trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
-    needs_queries: ClassVar[bool] = True
+    query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "queries"
     looks_back: ClassVar[bool] = True
     sampler: SamplerConfig = SamplerConfig(guidance_scale=3.0, image_guidance_scale=1.5)
     """How pictures are drawn unless the command says otherwise. ``image_guidance_scale`` is that of the visual
@@ -180,12 +180,62 @@ class MMCorePolicyConfig(MMCoreDrawing):
     grpo: FlowGrpoConfig
 
 
+class RepresentationAlignmentConfig(Section):
+    """Hidden states of the diffusion transformer are drawn to what the VLM's vision encoder sees of the picture
+    (HieraQuery, section 3.2; REPA, arXiv 2410.06940). The paper gives neither layer nor weight."""
+
+    layer: int = Field(default=8, ge=1)
+    """After which of its layers (REPA: 8)."""
+    weight: float = Field(default=0.5, ge=0)
+    """Of the loss (REPA: 0.5)."""
+    projector_size: int = Field(default=2048, gt=0)
+    """Hidden width of the projector (REPA: 2048)."""
+
+
+class HieraQueryConfig(Section):
+    """HieraQuery: a diffusion transformer draws a picture at several scales, each from query tokens of its own that a
+    frozen VLM reads, coarse to fine (papers: sections 3 and 4.2)."""
+
+    name: Literal["hieraquery"]
+    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "hieraquery"
+    looks_back: ClassVar[bool] = True
+    flow: FlowConfig = FlowConfig()
+    sampler: SamplerConfig = SamplerConfig(guidance_scale=5.0)
+    """How pictures are drawn unless the command says otherwise (guidance of 5 as in Ming-Lite-Omni's code). Source
+    pictures are there with and without the condition."""
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of pictures, at each scale by itself, that are drawn from no condition (zeros), for guidance. The paper
+    gives none; MetaQuery has 0.1."""
+    alignment: RepresentationAlignmentConfig | None = RepresentationAlignmentConfig()
+    """null for none."""
+    max_frames: int = Field(default=8, gt=0)
+    """Pictures of a conversation that a transformer without rotary positions can tell apart (SD3: a vector that is
+    added to each picture's tokens, zero at the start)."""
+    embedded_guidance: float = Field(default=3.5, ge=0)
+    """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HieraQueryConfig":
+        if self.sampler.image_guidance_scale != 1.0:
+            scale = self.sampler.image_guidance_scale
+            raise ValueError(
+                f"sampler.image_guidance_scale is {scale}, but there is one condition alone; leave it at 1"
+            )
+        return self
+
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Nothing beyond the diffusion transformer and the connector of the section hieraquery."""
+        return {}
+
+
 METHODS: dict[str, type[Section]] = {
     "orion": OrionConfig,
     "orion_decoder": OrionDecoderConfig,
     "mmcore": MMCoreConfig,
     "mmcore_diffusion": MMCoreDiffusionConfig,
     "mmcore_policy": MMCorePolicyConfig,
+    "hieraquery": HieraQueryConfig,
 }
 """By name."""
 
@@ -195,5 +245,7 @@ def _orion_by_default(value: Any) -> Any:
     return {"name": "orion", **value} if isinstance(value, dict) else value
 
 
-AnyMethod = OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig | MMCorePolicyConfig
+AnyMethod = (
+    OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig | MMCorePolicyConfig | HieraQueryConfig
+)
 MethodConfig = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_orion_by_default)]

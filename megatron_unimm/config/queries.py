@@ -1,6 +1,8 @@
 """Sections of a VLM that predicts visual latents with query tokens (MMCORE, arXiv 2604.19902, section 3.1)."""
 
 import math
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -9,6 +11,22 @@ from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import ImageSize, SquareSizeConfig
 from megatron_unimm.config.lora import LoraConfig
 from megatron_unimm.config.model import ModelConfig, SiglipConfig
+
+
+@dataclass(frozen=True)
+class PictureScales:
+    """How often a picture is drawn, and from what: once from all its queries (MMCORE), or at several sizes, each from a
+    group of its own (HieraQuery), coarse to fine."""
+
+    queries: tuple[int, ...]
+    """Of each scale."""
+    shares: tuple[Fraction, ...] = (Fraction(1),)
+    """Side of the picture at each scale, in that of the finest."""
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the finest picture, in image tokens, are multiples of it, so that the others have whole ones."""
+        return math.lcm(*(share.denominator for share in self.shares))
 
 
 class VisionEncoderTeacher(Section):
@@ -60,6 +78,11 @@ class QueryVlmConfig(Section):
         they go."""
         rows = next(rows for rows in range(math.isqrt(self.num_queries), 0, -1) if self.num_queries % rows == 0)
         return rows, self.num_queries // rows
+
+    @property
+    def scales(self) -> PictureScales:
+        """One."""
+        return PictureScales((self.num_queries,))
 
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
         """Sizes of the connector that tensor parallelism cuts, by name."""

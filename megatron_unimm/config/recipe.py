@@ -4,11 +4,12 @@ from pydantic import Field, model_validator
 
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import DataConfig
-from megatron_unimm.config.methods import MethodConfig
+from megatron_unimm.config.hieraquery import MultiScaleConfig
+from megatron_unimm.config.methods import HieraQueryConfig, MethodConfig
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.parallel import SystemConfig
-from megatron_unimm.config.queries import QueryVlmConfig
+from megatron_unimm.config.queries import PictureScales, QueryVlmConfig
 from megatron_unimm.config.train import TrainConfig
 
 
@@ -22,6 +23,8 @@ class StageConfig(Section):
     """What draws, for stages that train it."""
     queries: QueryVlmConfig | None = None
     """What makes of the language model one that predicts visual latents, for methods that do."""
+    hieraquery: MultiScaleConfig | None = None
+    """What makes of it one that says what to draw at several scales, for the method of that name."""
     method: MethodConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -35,8 +38,9 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
-        if self.method.needs_queries and self.queries is None:
-            raise ValueError(f"method {self.method.name} has query tokens; give its section queries ({{}} will do)")
+        section = self.method.query_section
+        if section and {"queries": self.queries, "hieraquery": self.hieraquery}[section] is None:
+            raise ValueError(f"method {self.method.name} has query tokens; give its section {section} ({{}} will do)")
         if self.method.trunk == "mmdit":
             if self.generator is None:
                 raise ValueError(f"method {self.method.name} trains an image generator; give its section generator")
@@ -49,7 +53,20 @@ class StageConfig(Section):
                 )
             if self.data.drawing_size is None:
                 raise ValueError(f"method {self.method.name} draws pictures; give their size, data.drawing_size")
+        if isinstance(self.method, HieraQueryConfig) and self.method.alignment is not None:
+            assert self.generator is not None
+            layer, count = self.method.alignment.layer, self.generator.mmdit.num_blocks
+            if layer > count:
+                raise ValueError(f"method.alignment.layer is {layer}, but generator.mmdit has {count} layers")
         return self
+
+    @property
+    def scales(self) -> PictureScales:
+        """At which a method with query tokens draws pictures."""
+        if self.hieraquery is not None and self.method.query_section == "hieraquery":
+            return self.hieraquery.picture_scales
+        assert self.queries is not None
+        return self.queries.scales
 
 
 class Recipe(Section):

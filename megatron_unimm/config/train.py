@@ -27,8 +27,10 @@ class ScheduleConfig(Section):
     kind: Literal["constant", "cosine"] = "cosine"
     max_learning_rate: float = Field(gt=0)
     min_learning_rate: float = Field(ge=0)
+    initial_learning_rate: float = Field(default=0.0, ge=0)
+    """Where the warm-up starts."""
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
-    """Share of the steps over which the rate rises from 0."""
+    """Share of the steps over which the rate rises."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
@@ -36,6 +38,9 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"min_learning_rate {self.min_learning_rate} is larger than max_learning_rate {self.max_learning_rate}"
             )
+        if self.initial_learning_rate > self.max_learning_rate:
+            initial, most = self.initial_learning_rate, self.max_learning_rate
+            raise ValueError(f"initial_learning_rate {initial} is larger than max_learning_rate {most}")
         return self
 
 

@@ -10,22 +10,28 @@ drawing (1) and its edit (2), with conditions c:
 
 The VLM reads the same conversation in a row of its own, from which the conditions come.
 
+A picture may be drawn at several scales (HieraQuery, section 3.1), each from queries of its own. Then a conversation's
+pictures are there once per scale, and frames of one scale see none of another: they are like those of samples of their
+own. A view is a picture at a scale.
+
 Everything random about a frame, its timestep, its noise, and what is left out of its condition, comes from the seed and
 the draw alone, so that it is the same whichever rank reads it; how often something is left out goes by the step.
 
-Legend  n frames of the row, counting those twice that are there twice; F pictures to be drawn, Q = F N queries, V words
-        of the condition, U image tokens, U' of pictures (each once), L tokens of the VLM.
+Legend  n frames of the row, counting those twice that are there twice; F pictures to be drawn, K scales, N queries of
+        all scales, Q = F N, V words of the condition, U image tokens, U' of views (each once), L tokens of the VLM, P
+        patches of its vision encoder.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from megatron_unimm.config.data import DataConfig, SampleKind
 from megatron_unimm.config.methods import DropoutSchedule, Pathways
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
-from megatron_unimm.config.queries import QueryVlmConfig
+from megatron_unimm.config.queries import PictureScales
 from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat
 from megatron_unimm.data.conditions import ConditionStore, condition_key
@@ -38,7 +44,15 @@ from megatron_unimm.data.images import SiglipFormat
 from megatron_unimm.data.mix import Draw, draw_key
 from megatron_unimm.data.packing import round_up
 from megatron_unimm.data.plan import BadSample, Laid
-from megatron_unimm.data.queries import QueryTokens, packed_index, packed_tokens, query_tokens, read_requests
+from megatron_unimm.data.queries import (
+    QueryTokens,
+    packed_index,
+    packed_tokens,
+    query_tokens,
+    read_requests,
+    target_grids,
+    target_size,
+)
 from megatron_unimm.data.sample import PackedRow, Sample, Turn
 from megatron_unimm.data.sources.source import Source
 from megatron_unimm.data.workers import laid_out, void
@@ -54,20 +68,21 @@ class FrameSample:
     kind: SampleKind
     layout: QueryTokens
     image_index: tuple[int, ...]
-    """Of the sample's images: its frames."""
+    """Of the sample's images: its views, all of the coarsest scale first."""
     sizes: np.ndarray
-    """int64 [frames, 2]: rows and columns of patches of latents."""
+    """int64 [views, 2]: rows and columns of patches of latents."""
     is_drawn: np.ndarray
-    """bool [frames]."""
+    """bool [views]."""
     uniform: np.ndarray
-    """float64 [frames] in (0, 1): become timesteps by the stage's distribution."""
+    """float64 [views] in (0, 1): become timesteps by the stage's distribution."""
     text_uniform: np.ndarray
-    """float64 [frames] in [0, 1): words are left out below the rate."""
+    """float64 [views] in [0, 1): words are left out below the rate."""
     visual_uniform: np.ndarray
     """The same for visual latents."""
     noise_seed: int
-    """Of frame i: noise_seed + i."""
-    num_queries: int
+    """Of view i: noise_seed + i."""
+    queries: tuple[int, ...]
+    """Of each scale."""
     has_words: bool = True
     """False where pictures are drawn without: then words take up no places."""
     learned: bool = True
@@ -80,26 +95,43 @@ class FrameSample:
     """[V, H], computed beforehand, in place of what the VLM reads; so is the next."""
     visual: np.ndarray | None = None
     """[Q, D]: visual latents."""
+    target_grids: np.ndarray | None = None
+    """int64 [F, 3]: patches along time, height, width of the pictures to be drawn as the vision encoder looks at them;
+    None where it does not."""
+    target_patches: np.ndarray | None = None
+    """float32 [P, patch_dim] of these."""
+    target_features: np.ndarray | None = None
+    """[V', F'] of them, computed beforehand, in place of patches."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Of one scale."""
+        return len(self.sizes) // len(self.queries)
 
     @property
     def entries(self) -> list[tuple[int, bool]]:
-        """Frames as they lie in the image stream, and whether clean."""
-        last = len(self.sizes) - 1
-        drawn = [(number, False) for number in range(last + 1) if self.is_drawn[number]]
-        return sorted(drawn + [(number, True) for number in range(last)])
+        """Views as they lie in the image stream, and whether clean."""
+        views, count = range(len(self.sizes)), self.num_pictures
+        drawn = [(view, False) for view in views if self.is_drawn[view]]
+        return sorted(drawn + [(view, True) for view in views if (view + 1) % count])
 
     @property
     def num_words(self) -> np.ndarray:
-        """int64 [frames]: words of each frame's condition."""
+        """int64 [views]: words of each view's condition."""
         counts = np.zeros(len(self.sizes), dtype=np.int64)
         if self.has_words:
-            counts[self.is_drawn] = [len(index) for index in self.layout.text_index]
+            counts[self.is_drawn] = [len(index) for index in self.layout.text_index] * len(self.queries)
         return counts
 
     @property
+    def num_queries(self) -> np.ndarray:
+        """int64 [views]: queries of each view's condition."""
+        return np.repeat(np.array(self.queries, dtype=np.int64), self.num_pictures) * self.is_drawn
+
+    @property
     def num_condition(self) -> np.ndarray:
-        """int64 [frames]: words and visual latents."""
-        return self.num_words + self.num_queries * self.is_drawn
+        """int64 [views]: words and visual latents."""
+        return self.num_words + self.num_queries
 
     def __len__(self) -> int:
         image = sum(int(self.sizes[number].prod()) for number, _ in self.entries)
@@ -120,7 +152,7 @@ class FrameRow:
     learned: np.ndarray
     """bool [n]: noisy ones of whole samples."""
     pictures: np.ndarray
-    """int64 [pictures, 2]: rows and columns of patches of each picture."""
+    """int64 [views, 2]: rows and columns of patches of each view."""
     token_of: np.ndarray
     """int64 [U]: which of the U' each image token is."""
     noise: np.ndarray
@@ -143,6 +175,14 @@ class FrameRow:
     """[V, H]: the VLM's last hidden states, computed beforehand; so are the next."""
     visual: np.ndarray | None = None
     """[Q, D]: its visual latents."""
+    target_grids: np.ndarray | None = None
+    """int64 [F, 3]: patches of pictures to be drawn, as the vision encoder looks at them; None where it does not."""
+    target_patches: np.ndarray | None = None
+    """float32 [P, patch_dim]; empty on ranks that read no pictures."""
+    target_features: np.ndarray | None = None
+    """[V', F'], computed beforehand."""
+    target_of_frame: np.ndarray | None = None
+    """int64 [n]: which of the F a frame is, where it is noisy."""
 
     @property
     def num_padding(self) -> int:
@@ -151,7 +191,7 @@ class FrameRow:
 
     @property
     def num_images(self) -> int:
-        """Pictures drawn."""
+        """Drawn, at each scale."""
         return int((~self.frames.is_clean).sum())
 
     @property
@@ -168,14 +208,16 @@ class FrameWork:
     """Samples to frames; see ``data/workers.py``.
 
     Args:
+        scales: at which pictures are drawn.
         pathways, earlier_latents: see ``config/methods.py``.
+        with_targets: the vision encoder looks at pictures to be drawn (at ``data.generation_size``).
         stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
         vlm_alignment, vlm_multiple: each sample of the VLM's row, and all of it, take up a multiple of so many tokens.
     """
 
     generator: ImageGeneratorConfig
     chat: ChatFormat
-    vlm: QueryVlmConfig
+    scales: PictureScales
     sources: Mapping[str, Source]
     seed: int
     text_dropout: DropoutSchedule
@@ -190,6 +232,9 @@ class FrameWork:
     """Of pictures, computed beforehand."""
     conditions: ConditionStore | None = None
     """What the VLM says, computed beforehand."""
+    with_targets: bool = False
+    features: FeatureStore | None = None
+    """Of the vision encoder, computed beforehand."""
 
     @property
     def data(self) -> DataConfig:
@@ -225,49 +270,70 @@ class FrameWork:
         if not turns:
             raise SampleError(sample.id, "has no image of the assistant, nothing to draw", "nothing to draw")
         sizes = [images.image_size(file, self.data.max_image_pixels) for file in sample.images]
-        layout = query_tokens(sample.id, sample.kind, turns, sizes, self.chat, self.vlm.num_queries)
+        layout = query_tokens(sample.id, sample.kind, turns, sizes, self.chat, self.scales.queries)
         found = self.frames_of(layout, turns, sizes, draw_key(self.seed, draw))
         if len(found) > self.room:
             row = self.data.sequence_length
             what = f"{len(found)} tokens, but data.sequence_length {row} has room for {self.room}"
             raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
-        if len(found.sizes) > self.max_frames:
-            what = f"{len(found.sizes)} pictures, but method.max_frames is {self.max_frames}; raise it"
+        if found.num_pictures > self.max_frames:
+            what = f"{found.num_pictures} pictures, but method.max_frames is {self.max_frames}; raise it"
             raise SampleError(sample.id, what, "too many pictures")
         return found
 
     def frames_of(
-        self, layout: QueryTokens, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], key: int
+        self,
+        layout: QueryTokens,
+        turns: Sequence[Turn],
+        sizes: Sequence[tuple[int, int]],
+        key: int,
+        scales: PictureScales | None = None,
     ) -> FrameSample:
         """The frames of a conversation whose last picture is to be drawn.
 
         Args:
             sizes: width and height in pixels of its images.
             key: 128 bits for what is random about it.
+            scales: to be drawn; None for all.
         """
+        scales = scales or self.scales
         shown = [(part, turn.role == "assistant") for turn in turns for part in turn.parts if isinstance(part, int)]
-        side, rule = self.generator.token_pixels, self.data.drawing_size
-        assert rule is not None
-        cut = [images.target_size(*sizes[index], rule, side) for index, _ in shown]
+        pictures = [self.picture_size(sizes[index]) for index, _ in shown]
         numbers = np.random.Generator(np.random.Philox(key=key))
-        count = len(shown)
+        count = len(shown) * len(scales.queries)
         return FrameSample(
             id=layout.tokens.id,
             kind=layout.tokens.kind,
             layout=layout,
-            image_index=tuple(index for index, _ in shown),
-            sizes=np.array([(height // side, width // side) for width, height in cut], dtype=np.int64),
-            is_drawn=np.array([drawn for _, drawn in shown], dtype=bool),
+            image_index=tuple(index for index, _ in shown) * len(scales.queries),
+            sizes=np.array(
+                [[int(side * share) for side in picture] for share in scales.shares for picture in pictures],
+                dtype=np.int64,
+            ),
+            is_drawn=np.array([drawn for _, drawn in shown] * len(scales.queries), dtype=bool),
             # Not 0, where no noise would be left and some distributions have no value.
             uniform=numbers.uniform(1e-7, 1 - 1e-7, count),
             text_uniform=numbers.random(count),
             visual_uniform=numbers.random(count),
             noise_seed=int(numbers.integers(1 << 62)),
-            num_queries=self.vlm.num_queries,
+            queries=scales.queries,
             has_words=self.draws_from("text"),
+            target_grids=self._target_grids(layout, sizes) if self.with_targets else None,
         )
 
-    def frames_to_draw(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> FrameSample:
+    def picture_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of image tokens that a picture of a size in pixels (width, height) has at the finest scale.
+        All other scales have whole ones too."""
+        side, rule = self.generator.token_pixels, self.data.drawing_size
+        assert rule is not None
+        width, height = images.target_size(*size, rule, side * self.scales.multiple)
+        return height // side, width // side
+
+    def _target_grids(self, layout: QueryTokens, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+        encoder, rule = self.chat.encoder, self.data.generation_size
+        return target_grids([target_size(sizes[index], rule, encoder) for index in layout.drawn_index], encoder)
+
+    def frames_to_draw(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]], scale: int = -1) -> FrameSample:
         """A conversation's pictures as they look, and a new one behind them that is to be drawn. A model that sees the
         visual latents of earlier drawings has their frames as in training, conditions and all.
 
@@ -275,13 +341,15 @@ class FrameWork:
             turns: without the new picture.
             sizes: width and height in pixels of the conversation's images, and last of what the new one's shape goes
                 by.
+            scale: at which it is drawn.
 
         Raises:
             UserError: more pictures than the model can tell apart.
         """
         turns = [*turns, Turn("assistant", (len(sizes) - 1,))]
-        layout = query_tokens("drawing", "interleaved", turns, sizes, self.chat, self.vlm.num_queries, answer=False)
-        found = self.frames_of(layout, turns, sizes, key=0)
+        layout = query_tokens("drawing", "interleaved", turns, sizes, self.chat, self.scales.queries, answer=False)
+        only = PictureScales((self.scales.queries[scale],), (self.scales.shares[scale],))
+        found = replace(self.frames_of(layout, turns, sizes, 0, only), target_grids=None)
         last = len(found.sizes) - 1
         if last >= self.max_frames:
             what = f"are {last}, but the model tells {self.max_frames} apart, the new one included; give fewer"
@@ -306,7 +374,7 @@ class FrameWork:
     # -- what its images hold
 
     def picture_requests(self, laid: Laid) -> list[ImageRequest]:
-        """The frames at the size at which they are drawn."""
+        """The views at the size at which they are drawn."""
         side, size = self.generator.token_pixels, self.data.drawing_size
         assert size is not None
         return [
@@ -319,12 +387,30 @@ class FrameWork:
         asked = [self.picture_requests(each) for each in laid]
         pictures = fetch_images(asked, laid, self.latents, decoder, self.pixel_format)
         read = self.read(laid, decoder) if self.conditions is None else self._recall(laid, self.conditions)
+        targets = fetch_images(
+            [self.target_requests(each) for each in laid], laid, self.features, decoder, self.chat.encoder
+        )
+        field = "pixels" if self.latents is None else "latents"
+        target_field = "target_patches" if self.features is None else "target_features"
         done = []
-        for picture, (sample, unread) in zip(pictures, read, strict=True):
-            broken = [*picture.broken, *unread]
-            field = "pixels" if self.latents is None else "latents"
-            done.append((replace(sample, **{"learned": not broken, field: picture.values}), broken))
+        for picture, target, (sample, unread) in zip(pictures, targets, read, strict=True):
+            broken = [*picture.broken, *target.broken, *unread]
+            loaded = {"learned": not broken, field: picture.values}
+            if self.with_targets:
+                loaded[target_field] = target.values
+            done.append((replace(sample, **loaded), broken))
         return done
+
+    def target_requests(self, laid: Laid) -> list[ImageRequest]:
+        """Pictures to be drawn, as the vision encoder looks at them; none where it does not."""
+        sample = laid.layout
+        if sample.target_grids is None:
+            return []
+        encoder, rule = self.chat.encoder, self.data.generation_size
+        return [
+            ImageRequest.of_grid(laid.sample.images[index], grid, encoder, rule)
+            for index, grid in zip(sample.layout.drawn_index, sample.target_grids, strict=True)
+        ]
 
     def read(self, laid: Sequence[Laid], decoder: Decoder) -> list[tuple[FrameSample, list[BadSample]]]:
         """Decode the images that the VLM reads."""
@@ -358,8 +444,6 @@ class FrameWork:
         """Conditions in front, pictures behind, each stream filled up with padding."""
         places = [(place, number, clean) for place, sample in enumerate(samples) for number, clean in sample.entries]
         frames = _frames(samples, places, self.earlier_latents)
-        drawn = [(place, number) for place, number, clean in places if not clean]
-        num_words = np.array([samples[place].num_words[number] for place, number in drawn], dtype=np.int64)
         layouts = [sample.layout for sample in samples]
         length = sum(round_up(len(layout), self.vlm_alignment) for layout in layouts)
         length = round_up(max(1, length), self.vlm_multiple)
@@ -377,24 +461,44 @@ class FrameWork:
             conversation=packed_tokens(layouts, self.chat, length, self.vlm_alignment),
             query_index=packed_index(layouts, self.vlm_alignment),
             word_index=_word_index(samples, self.vlm_alignment),
-            condition_order=_condition_order(num_words, self.vlm.num_queries),
-            text_kept=np.repeat(self._kept(samples, drawn, "text", step), num_words),
-            visual_kept=np.repeat(self._kept(samples, drawn, "visual", step), self.vlm.num_queries),
+            condition_order=_condition_order(samples),
+            text_kept=self._text_kept(samples, step),
+            visual_kept=self._visual_kept(samples, step),
             words=joined_store([sample.words for sample in samples], self.conditions and self.conditions.words),
             visual=joined_store([sample.visual for sample in samples], self.conditions and self.conditions.visual),
+            **(self._targets(samples, places) if self.with_targets else {}),
         )
 
-    def _kept(
-        self, samples: Sequence[FrameSample], drawn: Sequence[tuple[int, int]], pathway: Pathways, step: int
-    ) -> np.ndarray:
-        """Of each picture to be drawn, whether a pathway is there: bool [F]."""
-        rates = {"text": self.text_dropout, "visual": self.visual_dropout}
-        rate = rates[pathway].at(step)
-        numbers = [
-            (samples[place].text_uniform if pathway == "text" else samples[place].visual_uniform)[number]
-            for place, number in drawn
-        ]
-        return (np.array(numbers, dtype=np.float64) >= rate) & self.draws_from(pathway)
+    def _targets(self, samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> dict[str, Any]:
+        grids = [sample.target_grids for sample in samples if sample.target_grids is not None]
+        starts = np.cumsum([0, *map(len, grids)])
+        numbers = [sample.is_drawn[: sample.num_pictures].cumsum() - 1 for sample in samples]
+        of_frame = [starts[place] + numbers[place][view % samples[place].num_pictures] for place, view, _ in places]
+        return {
+            "target_grids": np.concatenate([np.zeros((0, 3), dtype=np.int64), *grids]),
+            "target_patches": joined([sample.target_patches for sample in samples], self.chat.encoder.patch_dim),
+            "target_features": joined_store([sample.target_features for sample in samples], self.features),
+            "target_of_frame": np.array(of_frame, dtype=np.int64),
+        }
+
+    def _text_kept(self, samples: Sequence[FrameSample], step: int) -> np.ndarray:
+        """bool [V]."""
+        rate, parts = self.text_dropout.at(step), [np.zeros(0, dtype=bool)]
+        for sample in samples:
+            drawn = np.flatnonzero(sample.is_drawn[: sample.num_pictures])
+            kept = (sample.text_uniform[drawn] >= rate) & self.draws_from("text")
+            parts.append(np.repeat(kept, sample.num_words[drawn]))
+        return np.concatenate(parts)
+
+    def _visual_kept(self, samples: Sequence[FrameSample], step: int) -> np.ndarray:
+        """bool [Q]."""
+        rate, parts = self.visual_dropout.at(step), [np.zeros(0, dtype=bool)]
+        for sample in samples:
+            # As the VLM has its queries: picture by picture, each with all its scales.
+            kept = (sample.visual_uniform >= rate) & self.draws_from("visual")
+            by_picture = kept.reshape(len(sample.queries), -1).T[sample.is_drawn[: sample.num_pictures]]
+            parts.append(np.repeat(by_picture.reshape(-1), np.tile(sample.queries, len(by_picture))))
+        return np.concatenate(parts)
 
     def _noise(self, samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> np.ndarray:
         width = self.generator.mmdit.patch_dim
@@ -421,13 +525,17 @@ def up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
 
 def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]], earlier_latents: bool) -> Frames:
     count = len(places)
-    conditions = [0 if clean else int(samples[place].num_condition[number]) for place, number, clean in places]
-    latents = [0 if clean else samples[place].num_queries for place, _, clean in places]
+    conditions = [0 if clean else int(samples[place].num_condition[view]) for place, view, clean in places]
+    latents = [0 if clean else int(samples[place].num_queries[view]) for place, view, clean in places]
+    # Each scale counts as a sample of its own.
+    scales = np.cumsum([0, *(len(sample.queries) for sample in samples)])
+    split = [divmod(view, samples[place].num_pictures) for place, view, _ in places]
+    found = [scales[place] + scale for (place, _, _), (scale, _) in zip(places, split, strict=True)]
     return Frames(
-        sizes=np.array([samples[place].sizes[number] for place, number, _ in places], dtype=np.int64).reshape(count, 2),
+        sizes=np.array([samples[place].sizes[view] for place, view, _ in places], dtype=np.int64).reshape(count, 2),
         num_condition=np.array(conditions, dtype=np.int64),
-        sample=np.array([place for place, _, _ in places], dtype=np.int64),
-        number=np.array([number for _, number, _ in places], dtype=np.int64),
+        sample=np.array(found, dtype=np.int64),
+        number=np.array([number for _, number in split], dtype=np.int64),
         is_clean=np.array([clean for _, _, clean in places], dtype=bool),
         num_shared=np.array(latents, dtype=np.int64) if earlier_latents else None,
     )
@@ -455,11 +563,18 @@ def _word_index(samples: Sequence[FrameSample], alignment: int) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *shifted])
 
 
-def _condition_order(num_words: np.ndarray, num_queries: int) -> np.ndarray:
-    """Frame by frame its words, then its visual latents: int64 [V + Q]."""
-    total, starts = int(num_words.sum()), np.cumsum([0, *num_words])
+def _condition_order(samples: Sequence[FrameSample]) -> np.ndarray:
+    """View by view its words, then its visual latents: int64, of places among the words, then the latents."""
+    drawn = [sample.is_drawn[: sample.num_pictures] for sample in samples]
+    words = [sample.num_words[: sample.num_pictures][its] for sample, its in zip(samples, drawn, strict=True)]
+    word, latent = 0, sum(int(each.sum()) for each in words)
     parts = [np.zeros(0, dtype=np.int64)]
-    for frame, count in enumerate(num_words):
-        parts.append(np.arange(starts[frame], starts[frame] + count))
-        parts.append(total + frame * num_queries + np.arange(num_queries))
+    for sample, its_words, its in zip(samples, words, drawn, strict=True):
+        starts, scales = word + np.cumsum([0, *its_words]), np.cumsum([0, *sample.queries])
+        for scale in range(len(sample.queries)):
+            for picture, count in enumerate(its_words):
+                first = latent + picture * scales[-1]
+                parts.append(np.arange(starts[picture], starts[picture] + count))
+                parts.append(np.arange(first + scales[scale], first + scales[scale + 1]))
+        word, latent = int(starts[-1]), latent + int(its.sum()) * int(scales[-1])
     return np.concatenate(parts)

@@ -7,6 +7,9 @@ vision_end):
 
     <|im_start|> assistant \\n [ q q ] [ # # ] <|im_end|> … <|im_start|> assistant \\n [ q q ] <|im_end|>
 
+They may be several groups, each between marks of its own (HieraQuery, section 3.1: coarse to fine), of which N is the
+sum: ``[ q ] [ q q q q ]``.
+
 Legend  L tokens, F pictures to be drawn, Q = F N queries, P patches of the teacher.
 """
 
@@ -70,7 +73,7 @@ def query_tokens(
     turns: Sequence[Turn],
     sizes: Sequence[tuple[int, int]],
     chat: ChatFormat,
-    num_queries: int,
+    queries: Sequence[int],
     *,
     open_picture: bool = False,
     open_answer: bool = False,
@@ -80,12 +83,13 @@ def query_tokens(
 
     Args:
         sizes: width and height in pixels of its images.
+        queries: of each picture to be drawn, group by group.
         open_picture: it ends with the queries of a picture that the assistant is to draw.
         open_answer: it ends where the assistant speaks next.
         answer: False makes history of it, of which nothing is learned.
     """
     chat_turns = with_system_prompt(turns, chat.data.system_prompt)
-    writer = _Writer(chat, num_queries)
+    writer = _Writer(chat, queries)
     for number, turn in enumerate(chat_turns):
         writer.add_turn(
             turn, sizes, learned=answer, is_last=number == len(chat_turns) - 1 and not (open_picture or open_answer)
@@ -100,9 +104,9 @@ def query_tokens(
 class _Writer:
     """Writes turns, and keeps account of what stands where."""
 
-    def __init__(self, chat: ChatFormat, num_queries: int) -> None:
+    def __init__(self, chat: ChatFormat, queries: Sequence[int]) -> None:
         self.chat = chat
-        self.num_queries = num_queries
+        self.groups = queries
         self.sequence = TokenSequence(chat.tokenizer.token_ids, chat.encoder.spatial_merge_size)
         self.read: list[tuple[int, bool]] = []
         self.drawn: list[int] = []
@@ -153,7 +157,7 @@ class _Writer:
 
     def _add_picture(self, index: int, learned: bool) -> None:
         self.drawn.append(index)
-        self.queries.append(self.sequence.add_queries(self.num_queries, learned))
+        self.queries += [self.sequence.add_queries(count, learned) for count in self.groups]
         self.texts.append(np.concatenate([np.zeros(0, dtype=np.int64), *self._words]))
         self._words = []
 
@@ -269,7 +273,7 @@ class QueryWork:
         return laid_out(self.sources, draw, self._layout)
 
     def _layout(self, sample: Sample) -> QuerySample:
-        layout, sizes = conversation_layout(sample, self.chat, self.vlm.num_queries)
+        layout, sizes = conversation_layout(sample, self.chat, (self.vlm.num_queries,))
         if len(layout) > self.room:
             what = f"{len(layout)} tokens, but data.sequence_length is {self.room}"
             raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
@@ -361,7 +365,7 @@ def target_grids(sizes: Sequence[tuple[int, int]], form: PatchFormat) -> np.ndar
 
 
 def conversation_layout(
-    sample: Sample, chat: ChatFormat, num_queries: int
+    sample: Sample, chat: ChatFormat, queries: Sequence[int]
 ) -> tuple[QueryTokens, list[tuple[int, int]]]:
     """A sample laid out from its text and the headers of its images, and their sizes in pixels.
 
@@ -369,7 +373,7 @@ def conversation_layout(
         SampleError: an image header cannot be read.
     """
     sizes = [images.image_size(file, chat.data.max_image_pixels) for file in sample.images]
-    return query_tokens(sample.id, sample.kind, sample.turns, sizes, chat, num_queries), sizes
+    return query_tokens(sample.id, sample.kind, sample.turns, sizes, chat, queries), sizes
 
 
 def read_requests(layout: QueryTokens, laid: Laid, chat: ChatFormat) -> list[ImageRequest]:

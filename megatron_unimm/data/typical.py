@@ -156,7 +156,7 @@ def frame_row(
     """
     drawn: dict[SampleKind, float] = {kind: share for kind, share in mix.items() if SHAPES[kind].drawn}
     samples = _filled(drawn, work.data, 1, lambda kind, _: _frames(kind, work, photo, pixels), work.room)
-    row = work.row([sample for sample in samples if len(sample.sizes) <= work.max_frames])
+    row = work.row([sample for sample in samples if sample.num_pictures <= work.max_frames])
     if not pixels:
         return row
     # Computed beforehand, they would come from a store.
@@ -278,12 +278,13 @@ def _conversation(
 
 
 def _query_tokens(
-    kind: SampleKind, chat: ChatFormat, num_queries: int, photo: tuple[int, int], closing: bool
+    kind: SampleKind, chat: ChatFormat, groups: Sequence[int], photo: tuple[int, int], closing: bool
 ) -> QueryTokens:
     """The user's words and images, then the assistant's: each picture as queries, read again but for the last, and as
     many words behind each. Without patches.
 
     Args:
+        groups: queries of a picture.
         closing: with the words behind the last.
     """
     shape, encoder, data = SHAPES[kind], chat.encoder, chat.data
@@ -295,7 +296,7 @@ def _query_tokens(
     for _ in range(shape.read):
         sequence.add_image(np.array(read), is_target=False)
     for number in range(shape.drawn):
-        queries.append(sequence.add_queries(num_queries, learned=True))
+        queries += [sequence.add_queries(count, learned=True) for count in groups]
         if number < again:
             sequence.add_image(np.array(drawn), is_target=False)
             words.append(np.arange(shape.answered // shape.drawn) + len(sequence))
@@ -322,7 +323,7 @@ def _query_conversation(
     room: int | None,
 ) -> QuerySample:
     """A conversation with queries, and its pictures as the teacher looks at them."""
-    layout = _query_tokens(kind, wordless_chat(model, data), vlm.num_queries, photo, closing=True)
+    layout = _query_tokens(kind, wordless_chat(model, data), vlm.scales.queries, photo, closing=True)
     if room is not None and len(layout) > room and min(photo) > 1:
         return _query_conversation(kind, model, vlm, data, (photo[0] // 2, photo[1] // 2), pixels, room)
     tokens, encoder, form = layout.tokens, model.vision_encoder, teacher_format(vlm, model.vision_encoder)
@@ -349,7 +350,7 @@ def _query_conversation(
 def _frames(kind: SampleKind, work: FrameWork, photo: tuple[int, int], pixels: bool) -> FrameSample:
     """A conversation up to its last picture."""
     shape = SHAPES[kind]
-    layout = _query_tokens(kind, work.chat, work.vlm.num_queries, photo, closing=False)
+    layout = _query_tokens(kind, work.chat, work.scales.queries, photo, closing=False)
     tokens = void(layout.tokens)
     if pixels and not work.data.condition_cache:
         tokens = replace(tokens, patches=_patches(tokens.grids, work.chat.encoder, pixels))
@@ -360,7 +361,10 @@ def _frames(kind: SampleKind, work: FrameWork, photo: tuple[int, int], pixels: b
     if not pixels:
         return sample
     count = int(sample.sizes.prod(axis=1).sum())
-    return replace(sample, pixels=np.zeros((count, images.patch_dim(work.pixel_format)), dtype=np.float32))
+    sample = replace(sample, pixels=np.zeros((count, images.patch_dim(work.pixel_format)), dtype=np.float32))
+    if sample.target_grids is None:
+        return sample
+    return replace(sample, target_patches=_patches(sample.target_grids, work.chat.encoder, pixels))
 
 
 def _patches(grids: np.ndarray, form: images.PatchFormat, pixels: bool) -> np.ndarray:

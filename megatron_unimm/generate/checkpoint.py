@@ -85,7 +85,7 @@ def drawing_stage(
     assert stage.generator is not None
     chunks = parallel.pipeline * parallel.virtual_pipeline
     # A mixture of experts beside it wants sequence parallelism when it is built; decoding switches it off.
-    beside = stage.method.needs_queries and stage.model.backbone.moe is not None
+    beside = bool(stage.method.query_section) and stage.model.backbone.moe is not None
     stage.system = SystemConfig(
         platform="auto",
         parallel=ParallelConfig(

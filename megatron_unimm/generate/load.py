@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.errors import UserError
 from megatron_unimm.generate.api import Generator, find_language_model
-from megatron_unimm.generate.query_generator import QueryGenerator
+from megatron_unimm.generate.query_generator import QueryGenerator, draws_frames
 
 
 def load_generator(
@@ -25,7 +25,7 @@ def load_generator(
         UserError: as there, or another decoder is given for a model that has one.
     """
     directory = find_language_model(model_dir)
-    if "pathways" not in read_meta(directory):
+    if not draws_frames(read_meta(directory)):
         return Generator.load(
             model_dir,
             tensor=tensor,

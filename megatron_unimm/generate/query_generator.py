@@ -1,13 +1,13 @@
-"""MMCORE as a model that answers: the VLM in words, the diffusion transformer behind it in pictures.
+"""A VLM that answers in words, and a diffusion transformer behind it in pictures: MMCORE and HieraQuery.
 
 An answer may begin with words, and ends with its first picture; conversations of many pictures go on turn by turn. The
 VLM is whole on the first pipeline stage, which tells the others what it said.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -23,7 +23,9 @@ from megatron_unimm.generate.api import Generator
 from megatron_unimm.generate.checkpoint import drawing_stage
 from megatron_unimm.generate.decode import Answer, GeneratedImage, Prompt, decode
 from megatron_unimm.generate.frame_painter import FramePainter, FrameRequest
+from megatron_unimm.generate.pathway_painter import PathwayPainter
 from megatron_unimm.generate.sampling import DecodeSettings
+from megatron_unimm.generate.scale_painter import ScalePainter
 from megatron_unimm.generate.staged import StagedModel, decoding_mode
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import destroy_groups
@@ -31,6 +33,17 @@ from megatron_unimm.parallel.platform import select_platform
 from megatron_unimm.train import setup
 
 T = TypeVar("T")
+PAINTERS: tuple[type[FramePainter[Any]], ...] = (PathwayPainter, ScalePainter)
+
+
+def painter_of(described: Collection[str]) -> type[FramePainter[Any]]:
+    """What draws with a checkpoint whose meta describes these parts."""
+    return next(painter for painter in PAINTERS if painter.part in described)
+
+
+def draws_frames(described: Collection[str]) -> bool:
+    """Whether a checkpoint whose meta describes these parts is of a VLM with a diffusion transformer behind it."""
+    return any(painter.part in described for painter in PAINTERS)
 
 
 @dataclass(frozen=True)
@@ -45,13 +58,13 @@ class QueryPrompt(Prompt):
 
 
 class QueryGenerator(Generator):
-    """See :class:`~megatron_unimm.generate.api.Generator`: the same on MMCORE.
+    """See :class:`~megatron_unimm.generate.api.Generator`: the same on a VLM with query tokens.
 
     Args:
         frames: what draws, and has the VLM.
     """
 
-    def __init__(self, frames: FramePainter) -> None:
+    def __init__(self, frames: FramePainter[Any]) -> None:
         self.frames = frames
         self.stage = frames.stage
         self.groups = frames.groups
@@ -60,7 +73,7 @@ class QueryGenerator(Generator):
         self.draws = True
         self.painter = None
         self.chunks = []
-        vlm = frames.first.vlm if frames.first is not None else None
+        vlm = frames.vlm if frames.first is not None else None
         dtype = DTYPES[self.stage.system.precision.dtype]
         alone = self.groups.without_pipeline()
         self._words = None if vlm is None else StagedModel([vlm], self.stage.model, alone, frames.device, dtype)
@@ -75,10 +88,10 @@ class QueryGenerator(Generator):
         """
         # Numbers below float32 are slow on a CPU and save nothing there.
         dtype = None if select_platform().is_gpu else "float32"
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context)
-        platform, groups = setup.enter(drawing_stage(read_meta(directory), parallel, setup.world_size(), dtype))
+        parallel, meta = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context), read_meta(directory)
+        platform, groups = setup.enter(drawing_stage(meta, parallel, setup.world_size(), dtype))
         try:
-            return cls(FramePainter.load(directory, groups, platform, dtype))
+            return cls(painter_of(meta).load(directory, groups, platform, dtype))
         except BaseException:
             destroy_groups()
             raise
@@ -89,7 +102,7 @@ class QueryGenerator(Generator):
 
     @property
     def sampler(self) -> SamplerConfig:
-        return self.frames.config.sampler
+        return self.frames.sampler
 
     @property
     def drawn_by(self) -> str:
@@ -113,7 +126,7 @@ class QueryGenerator(Generator):
             turns,
             sizes,
             self.chat,
-            self.frames.work.vlm.num_queries,
+            self.frames.work.scales.queries,
             open_answer=True,
             answer=False,
         )

@@ -101,7 +101,7 @@ class MMCorePipeline:
             spoken.vision_encoder,
             DataConfig.model_validate(settings["data"]),
         )
-        work = FrameWork(generator, chat, vlm, {}, 0, NO_DROPOUT, NO_DROPOUT, settings["max_frames"])
+        work = FrameWork(generator, chat, vlm.scales, {}, 0, NO_DROPOUT, NO_DROPOUT, settings["max_frames"])
         hidden, latent, mmdit = spoken.backbone.hidden_size, vlm.latent_size(spoken), generator.mmdit
         connector = _filled(
             Connector(vlm.connector, vlm.num_queries, hidden, latent), folder / "query_connector", device
@@ -189,7 +189,7 @@ class MMCorePipeline:
         row, generator = self.work.row([asked.sample]), self.work.generator
         hidden, latents = self.language_model(row.conversation, row.query_index)
         words = hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device))
-        latents = latents[-self.work.vlm.num_queries :]  # those of the last picture
+        latents = latents[-self.work.scales.queries[-1] :]  # those of the last picture
         spoken, shown = (torch.ones(len(each), dtype=torch.bool, device=words.device) for each in (words, latents))
         order = torch.from_numpy(row.condition_order).to(words.device)
         clean = self.clean_latents(asked.pictures)

@@ -97,6 +97,15 @@ class ShowsText(Protocol):
 
 
 @runtime_checkable
+class LooksAtPictures(Protocol):
+    """A method for which not only the first and the last stage of a pipeline read pictures."""
+
+    def looks_here(self) -> bool:
+        """Whether this rank's stage does too."""
+        ...
+
+
+@runtime_checkable
 class LearnsFromRewards(Protocol):
     """A method whose loader gives prompts, and whose training rows are made of what the model draws of them."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.footprint import Footprints
+from megatron_unimm.methods.hieraquery.method import HieraQuery
 from megatron_unimm.methods.interface import Method
 from megatron_unimm.methods.mmcore.diffusion.footprint import DiffusionFootprints
 from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion
@@ -24,6 +25,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "mmcore": MMCore,
     "mmcore_diffusion": MMCoreDiffusion,
     "mmcore_policy": MMCorePolicy,
+    "hieraquery": HieraQuery,
 }
 
 

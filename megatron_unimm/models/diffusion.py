@@ -18,7 +18,8 @@ def build_diffusion_transformer(
     pre_process: bool = True,
     post_process: bool = True,
     virtual_stage: int | None = None,
+    tap_after: int | None = None,
 ) -> DiffusionTransformer:
-    """One pipeline stage. ``backend``: see ``models/specs.py``."""
-    rest = (config, backend, groups, pre_process, post_process, virtual_stage)
+    """One pipeline stage. ``backend``: see ``models/specs.py``; ``tap_after``: ``models/mmdit/trunk.py``."""
+    rest = (config, backend, groups, pre_process, post_process, virtual_stage, tap_after)
     return Sana(model, *rest) if isinstance(model, SanaConfig) else MMDiT(model, *rest)

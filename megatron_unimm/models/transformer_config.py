@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_unimm.config.hieraquery import LanguageConnectorConfig
 from megatron_unimm.config.mmdit import MMDiT
 from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, SiglipConfig, VisionEncoder
 from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
@@ -109,6 +110,27 @@ def connector_transformer_config(
         ffn_hidden_size=CONNECTOR_MLP_RATIO * hidden_size,
         layernorm_epsilon=1e-6,
         add_bias_linear=False,
+        **_common(system, platform),
+        **_recompute(system.recompute),
+        # Never in FP8: a row may hold any number of queries.
+    )
+    return TransformerConfig(**fields)
+
+
+def language_connector_transformer_config(
+    model: LanguageConnectorConfig, system: SystemConfig, platform: Platform
+) -> TransformerConfig:
+    """Layers of a language model over the queries of pictures: tensor parallel, whole on the first pipeline stage."""
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.mlp_size,
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=True,
         **_common(system, platform),
         **_recompute(system.recompute),
         # Never in FP8: a row may hold any number of queries.

@@ -130,7 +130,7 @@ class _Workloads:
 
 def _layouts(stage: StageConfig, cluster: Cluster, length: int) -> Iterator[StageConfig]:
     # A diffusion transformer may have the language model beside it.
-    moe = stage.model.backbone.moe if stage.method.trunk == "backbone" or stage.method.needs_queries else None
+    moe = stage.model.backbone.moe if stage.method.trunk == "backbone" or stage.method.query_section else None
     num_layers = trunk_of(stage).num_layers
     axes = (TENSOR, CONTEXT, PIPELINE, VIRTUAL, EXPERT if moe is not None else (1,))
     for tensor, context, pipeline, virtual, expert in product(*axes):

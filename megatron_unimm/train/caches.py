@@ -15,7 +15,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import ConditionStore
 from megatron_unimm.data.features import FeatureMeta, FeatureStore
 from megatron_unimm.errors import CheckpointError, ConfigError
-from megatron_unimm.methods.mmcore.diffusion.model import VLM
+from megatron_unimm.methods.vlm.queries import VLM
 from megatron_unimm.models.trainable import is_frozen
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups

@@ -29,8 +29,9 @@ from megatron_unimm.data.queries import QueryWork
 from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.data.workers import ConversationWork, SampleWork
 from megatron_unimm.errors import CheckpointError, ConfigError
+from megatron_unimm.methods.drawing.frames import model_parts
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.diffusion.method import frozen_vlm, model_parts
+from megatron_unimm.methods.mmcore.diffusion.method import frozen_vlm
 from megatron_unimm.methods.mmcore.diffusion.model import build_vlm, condition_of
 from megatron_unimm.methods.registry import build_method
 from megatron_unimm.models.specs import layers_backend

@@ -26,7 +26,8 @@ from megatron_unimm.flow.guided import FrameState
 from megatron_unimm.flow.policy import group_advantages, without_spread
 from megatron_unimm.flow.stochastic import StochasticStep, Transition, roll_out, stochastic_steps, trained_steps
 from megatron_unimm.flow.timesteps import timestep_grid
-from megatron_unimm.generate.frame_painter import Drawable, FramePainter, FrameRequest, Guided
+from megatron_unimm.generate.frame_painter import Drawable, FrameRequest, Guided
+from megatron_unimm.generate.pathway_painter import PathwayPainter, Said
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.mmcore.policy.rows import PolicyRow
 from megatron_unimm.models.trainable import NOT_IN_TABLE
@@ -135,7 +136,7 @@ class Rollouts:
         self.reference = reference
         self.groups = groups
         modules = [chunk.module for chunk in chunks]
-        self.painter = FramePainter(modules, stage, groups, platform, work.frames, origin=stage.name)
+        self.painter = PathwayPainter(modules, stage, groups, platform, work.frames, origin=stage.name)
         self.rewards = build_reward(grpo.rewards, platform.device, "method.grpo.rewards")
         self.figures = Figures()
 
@@ -331,7 +332,7 @@ class Rollouts:
         num_words = len(one.text_kept)
         words = latents = clean = None
         if painter.first is not None:
-            hidden, size = self.stage.model.backbone.hidden_size, work.vlm.latent_size(self.stage.model)
+            hidden, size = self.stage.model.backbone.hidden_size, painter.queries.latent_size(self.stage.model)
             words = _joined([each.words for each, _ in pairs], hidden, painter).repeat(times, 1)
             latents = _joined([each.latents for each, _ in pairs], size, painter).repeat(times, 1)
             clean = _joined([each.clean for each, _ in pairs], width, painter)
@@ -369,11 +370,12 @@ def _per_sample(
     guided: Guided, drawables: Sequence[Drawable]
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]:
     """Words, visual latents and clean latents of each conversation, where the first stage has them."""
-    if guided.words is None or guided.latents is None or guided.clean is None:
+    if guided.said is None or guided.clean is None:
         none = [None] * len(drawables)
         return none, none, none
-    words = guided.words.split([each.num_words for each in drawables])
-    latents = guided.latents.split([each.num_latents for each in drawables])
+    said: Said = guided.said
+    words = said.words.split([each.num_words for each in drawables])
+    latents = said.latents.split([each.num_latents for each in drawables])
     clean = guided.clean.split([int(each.sample.sizes[:-1].prod(axis=1).sum()) for each in drawables])
     return words, latents, clean
 
@@ -392,7 +394,7 @@ def _stacked(parts: Sequence[Tensor], width: int, device: torch.device) -> Tenso
     return torch.stack(list(parts)).float() if parts else torch.zeros(0, 0, width, device=device)
 
 
-def _joined(parts: Sequence[Tensor | None], width: int, painter: FramePainter) -> Tensor:
+def _joined(parts: Sequence[Tensor | None], width: int, painter: PathwayPainter) -> Tensor:
     nothing = torch.zeros(0, width, dtype=painter.dtype, device=painter.device)
     return torch.cat([nothing, *(part for part in parts if part is not None)])
 

@@ -12,11 +12,12 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleConfig) -> floa
     """Rate of optimizer step ``step`` (0 first): linear warm-up over ``warmup_ratio`` of the steps, then constant or
     cosine to the minimum.
 
-    The first step already moves (rate max / warm-up steps), the last one runs at the minimum.
+    The first step already moves (from ``initial_learning_rate`` by one part in warm-up steps), the last one runs at the
+    minimum.
     """
-    warmup = round(schedule.warmup_ratio * total_steps)
+    warmup, initial = round(schedule.warmup_ratio * total_steps), schedule.initial_learning_rate
     if step < warmup:
-        return schedule.max_learning_rate * (step + 1) / warmup
+        return initial + (schedule.max_learning_rate - initial) * (step + 1) / warmup
     if schedule.kind == "constant":
         return schedule.max_learning_rate
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)
@@ -36,7 +37,7 @@ def check_resumed_rate(step: int, total_steps: int, schedule: ScheduleConfig, sa
     """
     before, ours = saved["rate"], learning_rate(step - 1, total_steps, schedule)
     mine = {"total_steps": total_steps, **schedule.model_dump()}
-    theirs = saved["schedule"]
+    theirs = {"initial_learning_rate": 0.0} | saved["schedule"]  # which older checkpoints do not have
     changed = [f"{name} was {theirs[name]}, is {value}" for name, value in mine.items() if theirs[name] != value]
     if math.isclose(before, ours, rel_tol=1e-9):
         return ""

@@ -19,7 +19,7 @@ from megatron_unimm.data.plan import BatchSize
 from megatron_unimm.data.sizes import check_size
 from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.errors import ConfigError
-from megatron_unimm.methods.interface import DataSetup, Method
+from megatron_unimm.methods.interface import DataSetup, LooksAtPictures, Method
 from megatron_unimm.methods.registry import build_method
 from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.lora import check_lora_used
@@ -131,12 +131,13 @@ def open_data(
             f"{steps * size.samples}; raise max_epochs or take fewer steps",
         )
     parallel = stage.system.parallel
+    looks = isinstance(method, LooksAtPictures) and method.looks_here()
     shard = DataShard(
         dp_rank=groups.data_rank,
         dp_size=groups.data_size,
         rows_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         alignment=2 * parallel.context if parallel.context > 1 and stage.method.trunk == "backbone" else 1,
-        need_pixels=groups.is_first_stage() or groups.is_last_stage(),
+        need_pixels=groups.is_first_stage() or groups.is_last_stage() or looks,
         device=platform.device.index if platform.is_gpu else None,
     )
     loader = StepLoader(

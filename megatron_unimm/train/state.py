@@ -38,6 +38,9 @@ NEW_PARTS = (
     "pathways.*",
     "frame_embedding.*",
     "vit_features.*",
+    "scale_connector.*",
+    "scale_adapters.*",
+    "alignment_projector.*",
     ADAPTERS,
 )
 """Parts that a base model may lack; they keep their fresh weights."""
@@ -145,7 +148,7 @@ def check_architecture(directory: Path, stage: StageConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: names the first field that differs, with both values.
     """
-    if stage.method.trunk == "backbone" or (stage.method.needs_queries and not _draws(directory)):
+    if stage.method.trunk == "backbone" or (stage.method.query_section and not _draws(directory)):
         return _check(directory, "model", stage.model)
     assert stage.generator is not None
     return _check(directory, "generator", stage.generator)
@@ -319,7 +322,7 @@ class Checkpointer:
             "config": dump(self.stage),
         }
         hf_files = {"": came_from / HF_FOLDER}
-        if self.stage.method.trunk == "mmdit" and self.stage.method.needs_queries:
+        if self.stage.method.trunk == "mmdit" and self.stage.method.query_section:
             language_model = base_directory(self.stage)
             meta["language_model"] = {
                 "family": read_meta(language_model)["family"],

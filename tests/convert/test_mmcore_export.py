@@ -37,7 +37,7 @@ from megatron_unimm.generate.query_generator import QueryGenerator
 from megatron_unimm.generate.sampling import DecodeSettings
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.hub.mmcore import MMCorePipeline
-from megatron_unimm.methods.mmcore.batch import build_condition_batch
+from megatron_unimm.methods.vlm.queries import build_condition_batch
 from megatron_unimm.models.vae import from_patches, to_patches
 
 VELOCITY_TOLERANCE = 1e-5
@@ -179,7 +179,7 @@ def test_transformer_and_vae_load_in_diffusers(exported: Folders, overrides: tup
     with generator_of(checkpoint) as generator, decoding_mode(generator.frames.chunks):
         frames = generator.frames
         asked = generator.prompt([Turn("user", (ASKED["text"][0],))], open_image=True)
-        guided = Guided(frames, [frames.lay_out(generator._request(asked, []))], frames.config.sampler)
+        guided = Guided(frames, [frames.lay_out(generator._request(asked, []))], frames.sampler)
         noise = starting_noise(SEED, 0, 16, 16)
         expected = guided.velocity(noise[None], 0.7)[0]
         condition = guided.condition(3).text.unflatten(0, (3, -1))  # [3, V + Q, C]

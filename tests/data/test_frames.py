@@ -110,7 +110,7 @@ def work_of(
     return FrameWork(
         GENERATOR,
         chat,
-        QueryVlmConfig(num_queries=3),
+        QueryVlmConfig(num_queries=3).scales,
         {"made": Made(*samples)},
         seed=1,
         text_dropout=text,
@@ -461,7 +461,7 @@ def test_a_changed_sample_is_not_found(what: str, make_chat, files, tmp_path, wr
     store = write_conditions(work_of(plain_chat(make_chat), sample), tmp_path / "cache")
     changed, settings = CHANGES[what](sample, file)
     work = work_of(plain_chat(make_chat, **settings), changed, conditions=store)
-    work = replace(work, vlm=QueryVlmConfig(num_queries=4)) if what == "queries" else work
+    work = replace(work, scales=QueryVlmConfig(num_queries=4).scales) if what == "queries" else work
     if what in ("nothing", "the picture to be drawn"):
         assert row_of(work).learned.any()
         return

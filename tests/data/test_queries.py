@@ -50,7 +50,7 @@ def words(layout: QueryTokens) -> str:
 
 
 def lay(chat: ChatFormat, *turns: Turn, sizes: Sequence[tuple[int, int]], num_queries: int = 2, **how) -> QueryTokens:
-    return query_tokens("s", "interleaved", turns, sizes, chat, num_queries, **how)
+    return query_tokens("s", "interleaved", turns, sizes, chat, (num_queries,), **how)
 
 
 # -- layouts

@@ -68,7 +68,11 @@ GENERATOR = (
     "generator.mmdit.latent_channels=4",
     "generator.vae={latent_channels: 4, block_channels: [8, 8, 8, 8], norm_groups: 4}",
 )
-RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR))
+SCALES = (
+    "hieraquery.scales=[[1, 2], 2]",
+    "hieraquery.connector={num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, head_size: 8, mlp_size: 48}",
+)
+RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {"hieraquery": (*SMALL, *GENERATOR, *SCALES)}
 """With smaller models, of four layers."""
 
 

@@ -151,7 +151,7 @@ def make_frames(stage: StageConfig, name: str, *parts: Part, learned: bool = Tru
         text_uniform=rng.random(count),
         visual_uniform=rng.random(count),
         noise_seed=int(rng.integers(1 << 62)),
-        num_queries=vlm.num_queries,
+        queries=vlm.scales.queries,
         learned=learned,
         pixels=rng.uniform(-1, 1, (num_image, 3 * generator.token_pixels**2)).astype(np.float32),
     )

@@ -41,7 +41,7 @@ from megatron_unimm.methods.orion.decoder.model import OrionDecoderModel
 from megatron_unimm.models.mmdit import modulation
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
-from megatron_unimm.models.mmdit.model import MMDiTInput
+from megatron_unimm.models.mmdit.trunk import MMDiTInput
 from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train.caches import latent_meta, open_caches

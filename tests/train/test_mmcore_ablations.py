@@ -18,7 +18,8 @@ from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.data.frames import FrameSample, FrameWork
 from megatron_unimm.data.queries import query_tokens
 from megatron_unimm.data.sample import Turn
-from megatron_unimm.generate.frame_painter import FramePainter, FrameRequest, Guided
+from megatron_unimm.generate.frame_painter import FrameRequest, Guided
+from megatron_unimm.generate.pathway_painter import PathwayPainter
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.drawing.model import PictureInput
 from megatron_unimm.methods.interface import DataSetup
@@ -136,7 +137,7 @@ def tokenizer_of(repo: Path) -> str:
 def frames_of(work: FrameWork, turns: list[Turn]) -> FrameSample:
     """As training lays a conversation out."""
     sizes = [(64, 64)] * sum(isinstance(part, int) for turn in turns for part in turn.parts)
-    layout = query_tokens("one", "interleaved", turns, sizes, work.chat, work.vlm.num_queries)
+    layout = query_tokens("one", "interleaved", turns, sizes, work.chat, work.scales.queries)
     return work.frames_of(layout, turns, sizes, key=3)
 
 
@@ -161,7 +162,7 @@ def test_a_velocity_is_that_of_training(settings: tuple[str, ...], model: str, r
     step = diffusion_step(small_diffusion(repo, *MODELS[model], *settings, tokenizer_of(repo)), world)
     chunk, stage = chunk_of(step), step.stage
     work = frame_work(stage, DataSetup({}, lambda: chat_format(stage)))
-    painter = FramePainter([chunk], stage, step.groups, step.platform, work, origin="here")
+    painter = PathwayPainter([chunk], stage, step.groups, step.platform, work, origin="here")
     rng = np.random.default_rng(0)
     pictures = tuple(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(2))
     turns = (

@@ -54,7 +54,7 @@ from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.models.mmdit import modulation
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.frames import Frames
-from megatron_unimm.models.mmdit.model import MMDiTInput
+from megatron_unimm.models.mmdit.trunk import MMDiTInput
 from megatron_unimm.parallel.groups import destroy_groups
 from megatron_unimm.train import setup
 from megatron_unimm.train.caches import condition_metas, open_caches
@@ -144,7 +144,7 @@ def frame_loss(
 
 def sample_losses(step: TrainStep, sample: FrameSample, read: Sequence[Tensor] = ()) -> list[tuple[Tensor, float, int]]:
     """Of each picture of a conversation, from the VLM on it alone: the loss, the timestep, and its tokens."""
-    chunk, queries = chunk_of(step), sample.num_queries
+    chunk, queries = chunk_of(step), sample.queries[0]
     alone = batch_of(step, row_of(step.stage, [sample])).condition
     assert alone is not None
     hidden, latents = chunk.vlm.condition(alone.conversation)
@@ -240,7 +240,7 @@ def test_what_frames_see(model: str, earlier: bool, repo: Path, world: World, mo
     handle = chunk.mmdit.register_forward_hook(lambda module, inputs, output: velocities.append(output))
     chunk(batch)
     handle.remove()
-    counts, queries = row.frames.counts, sample.num_queries
+    counts, queries = row.frames.counts, sample.queries[0]
     bounds = np.cumsum([0, *counts])
     noisy = [place for place in range(5) if not row.frames.is_clean[place]]
     assert row.frames.number[:5].tolist() == [0, 0, 1, 1, 2]

@@ -23,8 +23,8 @@ from megatron_unimm.convert.qwen2_5_vl import to_hf_config
 from megatron_unimm.data.queries import QueryRow, QuerySample
 from megatron_unimm.data.sample import IGNORED_LABEL
 from megatron_unimm.errors import CheckpointError, ConfigError
+from megatron_unimm.methods.alignment import cosine_loss
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.losses import visual_alignment_loss
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.registry import build_method
 from megatron_unimm.models.queries import QueryConnector, pooled_to_grid
@@ -125,7 +125,7 @@ def test_eq_1_of_known_vectors() -> None:
     """Same direction 0, orthogonal 1, opposite 2, whatever the lengths; a sum over queries; no gradient to v."""
     latents = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, -2.0]], requires_grad=True)
     target = torch.tensor([[7.0, 0.0], [0.0, 0.1], [0.0, 5.0]], requires_grad=True)
-    loss = visual_alignment_loss(latents, target)
+    loss = cosine_loss(latents, target)
     assert loss.item() == pytest.approx(0 + 1 + 2)
     loss.backward()
     assert target.grad is None

@@ -7,10 +7,13 @@ and X width of the cross attention of SANA.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_unimm.config.mmdit import FluxConfig, MMDiT, SanaConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.models.flops import Work
 from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
+from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.trainable import is_frozen
 
 
@@ -118,3 +121,24 @@ def mlp_share(mmdit: MMDiT) -> float:
     if not isinstance(mmdit, SanaConfig):
         return 8 / 12
     return 3 * mmdit.mlp_size / (4 * mmdit.hidden_size + 2 * mmdit.cross_size + 3 * mmdit.mlp_size)
+
+
+def frames_load(num_text: int, num_image: int, frames: Frames) -> MMDiTLoad:
+    """What frames in streams of so many tokens ask."""
+    return MMDiTLoad(num_text, num_image, len(frames), *_pairs(frames))
+
+
+def _pairs(frames: Frames) -> tuple[float, float, float, float]:
+    """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
+    itself and the clean ones before, a noisy one with its condition itself, the same, and the shared conditions
+    before. Then those of images with their conditions, and the image tokens."""
+    joint = image = 0.0
+    tokens = frames.counts.astype(np.float64)
+    shared = np.zeros(len(frames)) if frames.num_shared is None else frames.num_shared
+    for place in range(len(frames)):
+        before = (frames.sample == frames.sample[place]) & (frames.number < frames.number[place])
+        seen, condition = float(tokens[before & frames.is_clean].sum()), float(frames.num_condition[place])
+        beside = 0.0 if frames.is_clean[place] else float(shared[before].sum())
+        joint += (tokens[place] + condition) * (tokens[place] + condition + seen + beside)
+        image += tokens[place] * (tokens[place] + seen)
+    return joint, image, float((tokens * frames.num_condition).sum()), float(tokens.sum())

@@ -23,7 +23,7 @@ from megatron_unimm.methods.drawing.losses import flow_matching_loss
 from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.diffusion import build_diffusion_transformer
 from megatron_unimm.models.mmdit.canvas import Canvas, Place, padded_to
-from megatron_unimm.models.mmdit.trunk import MMDiTInput
+from megatron_unimm.models.mmdit.trunk import MMDiTInput, Tap
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import DTYPES, mmdit_transformer_config
 from megatron_unimm.models.vae import build_vae, encode_patches
@@ -68,6 +68,8 @@ class Condition(NamedTuple):
     """``[V, C]``."""
     image: Tensor | None = None
     """``[U, H]``, to be added to the tokens of patches; None for nothing."""
+    pooled: Tensor | None = None
+    """The pooled condition ``[n, P]`` of each frame; None where :meth:`DrawingModel.pooled` has it."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,19 @@ class DrawingModel(StageModel):
         mmdit: the diffusion transformer. vae: frozen; saved with the rest, so that a checkpoint draws by itself (first
             stage).
         base: on the last stage of a pipeline a second VAE.
+
+    Args:
+        tap_after: see :meth:`tap`.
     """
 
-    def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups, virtual_stage: int = 0) -> None:
+    def __init__(
+        self,
+        stage: StageConfig,
+        platform: Platform,
+        groups: ParallelGroups,
+        virtual_stage: int = 0,
+        tap_after: int | None = None,
+    ) -> None:
         model = stage.generator
         assert model is not None
         assert model.vae is not None
@@ -101,7 +113,14 @@ class DrawingModel(StageModel):
         self.backend = layers_backend(stage.system.layers, platform, stage.system.precision.fp8 is not None)
         self.platform = platform
         self.mmdit = build_diffusion_transformer(
-            model.mmdit, config, self.backend, groups.collection, self.pre_process, self.post_process, self.vp_stage
+            model.mmdit,
+            config,
+            self.backend,
+            groups.collection,
+            self.pre_process,
+            self.post_process,
+            self.vp_stage,
+            tap_after,
         )
         if self.pre_process:
             self.vae = build_vae(model.vae).requires_grad_(False)
@@ -125,8 +144,8 @@ class DrawingModel(StageModel):
         raise NotImplementedError
 
     def pooled(self, num_vectors: int) -> Tensor | None:
-        """The pooled condition ``[n, P]`` of each conditioning vector (first stage); None where the transformer has
-        none."""
+        """The pooled condition ``[n, P]`` of each conditioning vector, where a row's own condition does not say it
+        (first stage); None where the transformer has none."""
         raise NotImplementedError
 
     def added(self, canvas: Canvas) -> Tensor | None:
@@ -134,13 +153,22 @@ class DrawingModel(StageModel):
         nothing."""
         return None
 
+    def tap(self, batch: DrawingBatch) -> Tap | None:
+        """What is worked out of the hidden states after layer ``tap_after``: one more loss term, the last; None for
+        nothing. On every stage, though only one looks."""
+        return None
+
     def forward(self, batch: DrawingBatch) -> Tensor:
         """The next stage's input, or on the last stage the sums of the loss terms, float32 ``[terms]``."""
         latents = self._latents(batch.pictures) if batch.pictures is not None else None  # [U, F]
         inputs = self._inputs(batch, latents) if self.pre_process else None
-        output = self.mmdit(batch.canvas.row, inputs, None if self.pre_process else self.input_tensor)
+        tap = self.tap(batch)
+        output = self.mmdit(batch.canvas.row, inputs, None if self.pre_process else self.input_tensor, tap)
         if self.post_process:
             output = self._loss(output, latents, batch)  # [terms]
+            if tap is not None:
+                assert tap.value is not None
+                output = torch.cat([output, tap.value[None]])
         return output if self.pre_process else with_zero_gradient(output, self.input_tensor)
 
     # -- first and last stage
@@ -174,7 +202,7 @@ class DrawingModel(StageModel):
         """This context rank's part of what the diffusion transformer reads."""
         ranks = self.groups.config.context
         num_text, num_image = len(canvas.text_index) * ranks, len(canvas.image_index) * ranks
-        guidance = None
+        guidance, count = None, len(timestep)
         if self.model.mmdit.guidance:
             guidance = torch.full_like(timestep, self.stage.method.embedded_guidance)
         added = self.added(canvas)
@@ -186,7 +214,7 @@ class DrawingModel(StageModel):
             patches=padded_to(noisy_UF, num_image).index_select(0, canvas.image_index),
             position_index=canvas.position_index,
             timestep=timestep,
-            pooled=self.pooled(len(timestep)),
+            pooled=self.pooled(count) if condition.pooled is None else padded_to(condition.pooled, count),
             guidance=guidance,
             added=added,
         )

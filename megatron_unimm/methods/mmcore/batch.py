@@ -13,32 +13,18 @@ from torch import Tensor
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.data.queries import QueryRow
-from megatron_unimm.data.sample import PackedRow
 from megatron_unimm.methods.vlm.batch import (
     Role,
     Sight,
-    VlmBatch,
     Words,
     as_tensor,
-    local_places,
     local_tokens,
     on_device,
     packed_context,
 )
+from megatron_unimm.methods.vlm.queries import Queries, QueryBatch
 from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.models.vision.siglip import SiglipInput
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Where the queries stand."""
-
-    index: Tensor
-    """int64 ``[Q]``: in the row."""
-    local_index: Tensor
-    """int64 ``[q]``: among this context rank's tokens."""
-    rows: Tensor
-    """int64 ``[q]``: which of the Q these are."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +42,9 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class MMCoreBatch(VlmBatch):
+class MMCoreBatch(QueryBatch):
     """One micro-batch."""
 
-    queries: Queries
     words: Words | None
     alignment: Alignment | None
 
@@ -67,7 +52,7 @@ class MMCoreBatch(VlmBatch):
 def build_batch(row: QueryRow, model: ModelConfig, vlm: QueryVlmConfig, role: Role) -> MMCoreBatch:
     """Move a row to the device for one role."""
     local = local_tokens(row.tokens, role)
-    queries, chosen = _queries(row.tokens, row.query_index, local, role)
+    queries, chosen = Queries.of(row.tokens, row.query_index, local, role)
     return MMCoreBatch(
         input_ids=as_tensor(row.tokens.input_ids, role),
         local_index=as_tensor(local, role) if role.context_size > 1 else None,
@@ -77,27 +62,6 @@ def build_batch(row: QueryRow, model: ModelConfig, vlm: QueryVlmConfig, role: Ro
         words=Words.of(row.tokens, local, role) if role.last_stage else None,
         alignment=_alignment(row, chosen, model, vlm, role) if role.last_stage else None,
     )
-
-
-def build_condition_batch(row: PackedRow, query_index: np.ndarray, model: ModelConfig, role: Role) -> MMCoreBatch:
-    """A row that the VLM only reads."""
-    local = local_tokens(row, role)
-    return MMCoreBatch(
-        input_ids=as_tensor(row.input_ids, role),
-        local_index=as_tensor(local, role) if role.context_size > 1 else None,
-        context=packed_context(row, local, model, role),
-        sight=Sight.of(row, model, role),
-        queries=_queries(row, query_index, local, role)[0],
-        words=None,
-        alignment=None,
-    )
-
-
-def _queries(row: PackedRow, query_index: np.ndarray, local: np.ndarray, role: Role) -> tuple[Queries, np.ndarray]:
-    """And which of the Q this rank has, int64 ``[q]``."""
-    places, mine = local_places(query_index, local, row.num_tokens)
-    rows = np.flatnonzero(mine)
-    return Queries(as_tensor(query_index, role), as_tensor(places, role), as_tensor(rows, role)), rows
 
 
 def _alignment(row: QueryRow, query_rows: np.ndarray, model: ModelConfig, vlm: QueryVlmConfig, role: Role) -> Alignment:

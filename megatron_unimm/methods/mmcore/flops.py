@@ -7,23 +7,10 @@ from megatron_unimm.config.queries import CONNECTOR_MLP_RATIO, QueryVlmConfig, S
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow, QuerySample
 from megatron_unimm.data.sample import IGNORED_LABEL, PackedRow
+from megatron_unimm.methods.vlm.flops import ADAPTER_MARK, backbone_trains, has_gradient, tower_flops
 from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, logits_work, siglip_work, vision_work
 from megatron_unimm.models.lora_shapes import adapted_linears
 from megatron_unimm.models.trainable import is_frozen, matching_rule
-
-ADAPTER_MARK = "lora_"
-"""In patterns over adapters' names, which tell rules for them from rules for the weights."""
-
-
-def backbone_trains(stage: StageConfig, prefix: str = "") -> bool:
-    """Whether its own weights do; adapters are others.
-
-    Args:
-        prefix: before the names of the VLM's parameters.
-    """
-    return not is_frozen(
-        f"{prefix}backbone", [rule for rule in stage.train.trainable if ADAPTER_MARK not in rule.pattern]
-    )
 
 
 def adapters_train(stage: StageConfig, prefix: str = "") -> bool:
@@ -31,12 +18,6 @@ def adapters_train(stage: StageConfig, prefix: str = "") -> bool:
     assert stage.queries is not None
     rule = matching_rule(f"{prefix}backbone.{ADAPTER_MARK}a.weight", stage.train.trainable)
     return stage.queries.lora is not None and rule is not None and rule.train
-
-
-def has_gradient(stage: StageConfig, prefix: str = "") -> bool:
-    """Whether a gradient passes through the decoder's layers, because something in them or before them trains."""
-    parts = ("vision_encoder", "query_tokens", "backbone")
-    return not all(is_frozen(prefix + part, stage.train.trainable) for part in parts)
 
 
 def adapters_work(stage: StageConfig, layers: range, num_tokens: int) -> Work:
@@ -102,15 +83,6 @@ def sample_flops(sample: QuerySample, stage: StageConfig) -> float:
         + tower_flops(grids, stage)
         + _teacher_flops(sample.target_grids, stage)
     )
-
-
-def tower_flops(grids: np.ndarray, stage: StageConfig, prefix: str = "") -> float:
-    """The vision encoder on images that are read."""
-    if stage.data.feature_cache:  # Computed beforehand.
-        return 0.0
-    trains = not is_frozen(f"{prefix}vision_encoder", stage.train.trainable)
-    embedding, rest = vision_work(stage.model.vision_encoder, grids)
-    return embedding.cost(trains, passes_gradient=False) + rest.cost(trains, passes_gradient=trains)
 
 
 def teacher_work(grids: np.ndarray, stage: StageConfig) -> Work:

@@ -21,10 +21,10 @@ from megatron_unimm.methods.mmcore.flops import (
     row_flops,
     teacher_work,
 )
-from megatron_unimm.methods.mmcore.method import frozen_parts
 from megatron_unimm.methods.mmcore.model import keeps_vision_encoder
 from megatron_unimm.methods.vlm.footprint import Trained, VlmChunk, VlmLoad, layer_kinds
 from megatron_unimm.methods.vlm.layout import alignment, travelling_rows
+from megatron_unimm.methods.vlm.queries import frozen_parts
 from megatron_unimm.models.flops import Work
 from megatron_unimm.models.memory import (
     Kept,

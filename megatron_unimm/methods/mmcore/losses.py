@@ -6,20 +6,10 @@ mean over the N queries of a picture is one over all queries of the global batch
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 TERMS = ("llm", "vis")
 """Names and order of the loss terms."""
-
-
-def visual_alignment_loss(latents_qD: Tensor, target_qD: Tensor) -> Tensor:
-    """Eq. 1, the sum: Σ_i (1 − F_θ(Q_i)ᵀ v_i / ‖F_θ(Q_i)‖ ‖v_i‖).
-
-    Args:
-        latents_qD: F_θ(Q). target_qD: v, detached.
-    """
-    return (1 - F.cosine_similarity(latents_qD.float(), target_qD.detach().float(), dim=-1)).sum()
 
 
 def stack_terms(llm: Tensor, vis: Tensor) -> Tensor:

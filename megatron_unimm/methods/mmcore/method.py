@@ -20,8 +20,7 @@ from megatron_unimm.methods.mmcore.flops import row_flops, sample_flops
 from megatron_unimm.methods.mmcore.losses import TERMS
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.vlm.layout import alignment, travelling_rows
-from megatron_unimm.methods.vlm.model import FrozenParts
-from megatron_unimm.models.trainable import is_frozen
+from megatron_unimm.methods.vlm.queries import frozen_parts
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -90,17 +89,3 @@ class MMCore:
     def part_configs(self) -> dict[str, Any]:
         """How queries and connector are built, for exports."""
         return {"queries": self.vlm.model_dump(mode="json")}
-
-
-def frozen_parts(stage: StageConfig, prefix: str = "") -> FrozenParts:
-    """What the table of trainables leaves out.
-
-    Args:
-        prefix: before the names of the VLM's parameters.
-    """
-    rules = stage.train.trainable
-    return FrozenParts(
-        vision_encoder=is_frozen(f"{prefix}vision_encoder", rules),
-        backbone=is_frozen(f"{prefix}backbone", rules),
-        inputs=is_frozen(f"{prefix}query_tokens", rules),
-    )

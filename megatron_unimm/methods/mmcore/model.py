@@ -8,17 +8,15 @@ Layout: as ``methods/vlm/model.py``.
 """
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor
 
 from megatron_unimm.config.queries import QueryVlmConfig, SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.methods.alignment import cosine_loss
 from megatron_unimm.methods.mmcore import losses
-from megatron_unimm.methods.mmcore.batch import Alignment, MMCoreBatch, Queries
-from megatron_unimm.methods.vlm.model import FrozenParts, VlmModel
+from megatron_unimm.methods.mmcore.batch import Alignment, MMCoreBatch
+from megatron_unimm.methods.vlm.model import FrozenParts
+from megatron_unimm.methods.vlm.queries import Queries, QueryBatch, QueryVlm
 from megatron_unimm.models.lora import add_lora
 from megatron_unimm.models.queries import QueryConnector, QueryTokens, pooled_to_grid
 from megatron_unimm.models.transformer_config import connector_transformer_config, vision_transformer_config
@@ -29,7 +27,7 @@ from megatron_unimm.parallel.pipeline import with_zero_gradient
 from megatron_unimm.parallel.platform import Platform
 
 
-class MMCoreVlm(VlmModel):
+class MMCoreVlm(QueryVlm):
     """One pipeline stage of the VLM.
 
     Parts:
@@ -49,17 +47,16 @@ class MMCoreVlm(VlmModel):
         virtual_stage: int = 0,
         with_teacher: bool = True,
     ) -> None:
-        super().__init__(stage, platform, groups, frozen, virtual_stage)
+        super().__init__(
+            stage, platform, groups, frozen, lambda model: QueryTokens(vlm.num_queries, model.config), virtual_stage
+        )
         self.vlm = vlm
         self.has_own_teacher = self.pre_process and keeps_vision_encoder(stage, frozen)
         if vlm.lora is not None:
             used = add_lora(self.backbone, vlm.lora, self.backend, groups.collection, stage.train.seed)
             self.lora_used["queries.lora"] = used
-        # New weights come from the seed alone, not from what this rank drew before: the same at every layout.
-        if self.pre_process:
-            torch.manual_seed(stage.train.seed)
-            self.query_tokens = QueryTokens(vlm.num_queries, self.config)
         if self.post_process:
+            # As its queries: the same at every layout.
             torch.manual_seed(stage.train.seed)
             hidden, layers, config = stage.model.backbone.hidden_size, vlm.connector.num_layers, self.config
             if layers:
@@ -91,21 +88,11 @@ class MMCoreVlm(VlmModel):
 
     def forward(self, batch: MMCoreBatch) -> Tensor:
         """The next stage's input, or on the last stage the sums of the loss terms, float32 ``[2]``."""
-        rows = self._enter(batch) if self.pre_process else self.input_tensor  # [r, 1, H]
+        rows = self.enter(batch) if self.pre_process else self.input_tensor  # [r, 1, H]
         output = self.student(rows, batch.context)  # [r, 1, H]; on the last stage [t, 1, H]
         if self.post_process:
             output = self._losses(output, batch)  # [2]
         return output if self.pre_process else with_zero_gradient(output, self.input_tensor)
-
-    # -- first stage
-
-    def _enter(self, batch: MMCoreBatch) -> Tensor:
-        """Token embeddings with visual tokens of the images that are read, and queries, among them."""
-        assert batch.sight is not None
-        seen = self.seen_features(batch.sight, self.frozen_features(batch.sight))  # [V, (1 + K) H] or None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen.up_to_layers):
-            words = self.query_tokens(self.backbone.embed(batch.input_ids), batch.queries.index)  # [T, 1, H]
-            return self.embed(self.backbone, words, seen, batch.sight, batch.local_index)
 
     # -- last stage
 
@@ -123,7 +110,7 @@ class MMCoreVlm(VlmModel):
         wanted = self._targets(batch.alignment)  # [Q, D]
         chosen = batch.alignment.learned
         rows = batch.queries.rows.index_select(0, chosen)
-        vis = losses.visual_alignment_loss(latents.index_select(0, chosen), wanted.index_select(0, rows))
+        vis = cosine_loss(latents.index_select(0, chosen), wanted.index_select(0, rows))
         return losses.stack_terms(llm, vis)
 
     def visual_latents(self, hidden_tH: Tensor, queries: Queries) -> Tensor:
@@ -148,31 +135,15 @@ class MMCoreVlm(VlmModel):
 
     # -- beside a diffusion transformer, whole on one stage
 
-    def condition(self, batch: MMCoreBatch) -> tuple[Tensor, Tensor]:
+    def condition(self, batch: QueryBatch) -> tuple[Tensor, Tensor]:
         """What the VLM says of a row: the last hidden states ``[T, H]``, and visual latents ``[Q, D]``, both whole on
         every rank."""
-        hidden = self.student(self._enter(batch), batch.context)  # [t, 1, H]
-        hidden = self.backbone.gather(hidden)[:, 0]  # [T / context, H]
+        hidden = self.last_hidden(batch)  # [T / context, H]
         latents = self.visual_latents(hidden, batch.queries)  # [q, D]
         if batch.local_index is not None:
-            hidden = self._whole(hidden, batch.local_index, len(batch.input_ids))
-            latents = self._whole(latents, batch.queries.rows, len(batch.queries.index))
+            hidden = self.whole(hidden, batch.local_index, len(batch.input_ids))
+            latents = self.whole(latents, batch.queries.rows, len(batch.queries.index))
         return hidden, latents
-
-    def visual_tokens(self, batch: MMCoreBatch) -> Tensor:
-        """Of the images that a row reads, ``[V, H]``, whole on every rank; the tower looks at them again."""
-        assert batch.sight is not None
-        seen = self.seen_features(batch.sight, self.frozen_features(batch.sight))
-        nothing = self.query_tokens.weight.new_zeros(0, self.config.hidden_size)
-        return nothing if seen is None or seen.dim() == 0 else self.tokens_of(seen)
-
-    def _whole(self, rows_tF: Tensor, index: Tensor, size: int) -> Tensor:
-        """The rows of all context ranks, each at its place."""
-        group = self.groups.collection.cp
-        whole = rows_tF.new_zeros(size, rows_tF.shape[1]).index_copy(0, index, rows_tF)
-        return copy_to_tensor_model_parallel_region(
-            reduce_from_tensor_model_parallel_region(whole, group=group), group=group
-        )
 
 
 def keeps_vision_encoder(stage: StageConfig, frozen: FrozenParts) -> bool:

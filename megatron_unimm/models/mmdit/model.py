@@ -20,7 +20,7 @@ from megatron_unimm.models.mmdit.blocks import layer_spec
 from megatron_unimm.models.mmdit.embedding import ConditioningVector, LatentEmbedder
 from megatron_unimm.models.mmdit.modulation import Modulation, modulate, plain_norm
 from megatron_unimm.models.mmdit.row import MMDiTRow
-from megatron_unimm.models.mmdit.trunk import DiffusionTransformer, MMDiTInput
+from megatron_unimm.models.mmdit.trunk import DiffusionTransformer, MMDiTInput, Tap
 
 
 class MMDiT(DiffusionTransformer):
@@ -35,8 +35,9 @@ class MMDiT(DiffusionTransformer):
         pre_process: bool = True,
         post_process: bool = True,
         virtual_stage: int | None = None,
+        tap_after: int | None = None,
     ) -> None:
-        super().__init__(model, config, groups, pre_process, post_process)
+        super().__init__(model, config, groups, pre_process, post_process, tap_after)
         if pre_process:
             self.latent_embedder = LatentEmbedder(model)
             self.condition_embedder = torch.nn.Linear(model.condition_size, model.hidden_size)
@@ -46,16 +47,18 @@ class MMDiT(DiffusionTransformer):
             self.final_modulation = Modulation(2, config, groups)
             self.final_linear = torch.nn.Linear(model.hidden_size, model.patch_dim)
 
-    def forward(self, row: MMDiTRow, inputs: MMDiTInput | None, received: Tensor | None) -> Tensor:
+    def forward(
+        self, row: MMDiTRow, inputs: MMDiTInput | None, received: Tensor | None, tap: Tap | None = None
+    ) -> Tensor:
         if inputs is not None:
             hidden, vectors = self._embed(inputs)  # [s, 1, H], [n, H]
         else:
             assert received is not None
-            hidden, vectors = self.unpack(received, row)
+            hidden, vectors = self.unpack(received, row, tap)
         activated = F.silu(vectors)
-        hidden = self.run_blocks(self.blocks, hidden, activated, row)  # [s, 1, H]
+        hidden = self.run_blocks(self.blocks, hidden, activated, row, tap)  # [s, 1, H]
         if not self.post_process:
-            return self.pack(hidden, vectors)
+            return self.pack(hidden, vectors, tap)
         scale, shift = self.final_modulation(activated)
         image = row.streams(hidden)[1]  # [s_image, 1, H]
         image = self.gather(modulate(plain_norm(image), shift, scale, row.image_vectors))  # [t_image, 1, H]

@@ -28,7 +28,7 @@ from megatron_unimm.models.mmdit.embedding import (
 )
 from megatron_unimm.models.mmdit.modulation import modulate, plain_norm
 from megatron_unimm.models.mmdit.row import MMDiTRow
-from megatron_unimm.models.mmdit.trunk import DiffusionTransformer, MMDiTInput
+from megatron_unimm.models.mmdit.trunk import DiffusionTransformer, MMDiTInput, Tap
 from megatron_unimm.models.sana.blocks import layer_spec, modulation_table
 
 CONDITION_EPSILON = 1e-5
@@ -76,8 +76,9 @@ class Sana(DiffusionTransformer):
         pre_process: bool = True,
         post_process: bool = True,
         virtual_stage: int | None = None,
+        tap_after: int | None = None,
     ) -> None:
-        super().__init__(model, config, groups, pre_process, post_process)
+        super().__init__(model, config, groups, pre_process, post_process, tap_after)
         if pre_process:
             self.latent_embedder = LatentEmbedder(model)
             self.condition_embedder = ConditionEmbedder(model)
@@ -87,16 +88,18 @@ class Sana(DiffusionTransformer):
             self.final_table = modulation_table(2, config)
             self.final_linear = nn.Linear(model.hidden_size, model.patch_dim)
 
-    def forward(self, row: MMDiTRow, inputs: MMDiTInput | None, received: Tensor | None) -> Tensor:
+    def forward(
+        self, row: MMDiTRow, inputs: MMDiTInput | None, received: Tensor | None, tap: Tap | None = None
+    ) -> Tensor:
         if inputs is not None:
             hidden, vectors = self._embed(inputs)  # [s, 1, H], [7 n, H]
         else:
             assert received is not None
-            hidden, vectors = self.unpack(received, row)
+            hidden, vectors = self.unpack(received, row, tap)
         of_end, of_blocks = self._shared(vectors).split([row.num_vectors, 6 * row.num_vectors])
-        hidden = self.run_blocks(self.blocks, hidden, of_blocks.unflatten(0, (-1, 6)), row)  # [s, 1, H]
+        hidden = self.run_blocks(self.blocks, hidden, of_blocks.unflatten(0, (-1, 6)), row, tap)  # [s, 1, H]
         if not self.post_process:
-            return self.pack(hidden, vectors)
+            return self.pack(hidden, vectors, tap)
         assert row.image_vectors is not None
         shift, scale = (self.final_table + of_end[:, None]).unbind(1)  # [n, H] each
         image = row.streams(hidden)[1]  # [s_image, 1, H]

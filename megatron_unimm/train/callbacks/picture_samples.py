@@ -29,7 +29,7 @@ class PictureSamples:
     def __init__(self, stage: StageConfig) -> None:
         self.logging = stage.train.logging
         self.draws_itself = stage.method.trunk == "mmdit"
-        self.draws_again = self.draws_itself and not stage.method.needs_queries
+        self.draws_again = self.draws_itself and not stage.method.query_section
         self._painter: Painter | None = None
         self._generator: Generator | None = None
         self._truth: list[tuple[np.ndarray, PaintRequest]] = []

@@ -10,9 +10,10 @@ import numpy as np
 from megatron_unimm.config.methods import MMCoreDiffusionConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample
-from megatron_unimm.methods.drawing.flops import MMDiTLoad, mmdit_cost
-from megatron_unimm.methods.mmcore.diffusion.model import VLM, vlm_stage
-from megatron_unimm.methods.mmcore.flops import backbone_trains, has_gradient, latents_flops, tower_flops
+from megatron_unimm.methods.drawing.flops import MMDiTLoad, frames_load, mmdit_cost
+from megatron_unimm.methods.mmcore.flops import latents_flops
+from megatron_unimm.methods.vlm.flops import backbone_trains, has_gradient, tower_flops
+from megatron_unimm.methods.vlm.queries import VLM, vlm_stage
 from megatron_unimm.models.flops import causal_pairs, decoder_work
 from megatron_unimm.models.mmdit.frames import Frames
 
@@ -31,7 +32,7 @@ def row_flops(row: FrameRow, stage: StageConfig) -> float:
 def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vectors, and
     the VLM without its connector."""
-    latents = np.array([0 if clean else sample.num_queries for _, clean in sample.entries])
+    latents = np.array([0 if clean else sample.num_queries[view] for view, clean in sample.entries])
     frames = Frames(
         sizes=np.array([sample.sizes[number] for number, _ in sample.entries]),
         num_condition=np.array([0 if clean else sample.num_condition[number] for number, clean in sample.entries]),
@@ -40,7 +41,7 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
         is_clean=np.array([clean for _, clean in sample.entries]),
         num_shared=latents if sees_earlier_latents(stage) else None,
     )
-    drawing = mmdit_cost(MMDiTLoad(0, 0, len(frames), *_pairs(frames)), stage, *CONDITION)
+    drawing = mmdit_cost(frames_load(0, 0, frames), stage, *CONDITION)
     if stage.data.condition_cache:
         return drawing
     pairs = causal_pairs((0, len(sample.layout)))
@@ -56,20 +57,4 @@ def sees_earlier_latents(stage: StageConfig) -> bool:
 
 def load_of(row: FrameRow) -> MMDiTLoad:
     """What a row asks of the diffusion transformer."""
-    return MMDiTLoad(row.num_text, row.num_tokens - row.num_text, len(row.frames), *_pairs(row.frames))
-
-
-def _pairs(frames: Frames) -> tuple[float, float, float, float]:
-    """(query, key) pairs of the block-causal attention, of both streams and of the image's alone: a clean frame sees
-    itself and the clean ones before, a noisy one with its condition itself, the same, and the shared conditions
-    before. Then those of images with their conditions, and the image tokens."""
-    joint = image = 0.0
-    tokens = frames.counts.astype(np.float64)
-    shared = np.zeros(len(frames)) if frames.num_shared is None else frames.num_shared
-    for place in range(len(frames)):
-        before = (frames.sample == frames.sample[place]) & (frames.number < frames.number[place])
-        seen, condition = float(tokens[before & frames.is_clean].sum()), float(frames.num_condition[place])
-        beside = 0.0 if frames.is_clean[place] else float(shared[before].sum())
-        joint += (tokens[place] + condition) * (tokens[place] + condition + seen + beside)
-        image += tokens[place] * (tokens[place] + seen)
-    return joint, image, float((tokens * frames.num_condition).sum()), float(tokens.sum())
+    return frames_load(row.num_text, row.num_tokens - row.num_text, row.frames)

@@ -11,12 +11,13 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
 from megatron_unimm.data.typical import LARGE_PHOTO, PHOTO, frame_row, shares, wordless_chat
 from megatron_unimm.methods.drawing.footprint import DrawingChunk, DrawingLoad
+from megatron_unimm.methods.drawing.frames import num_vectors, travelling_rows
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace, Flops, Traffic
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.mmcore.diffusion.flops import CONDITION, load_of, row_flops
-from megatron_unimm.methods.mmcore.diffusion.method import frame_work, num_vectors, travelling_rows
-from megatron_unimm.methods.mmcore.diffusion.model import VLM, vlm_stage
+from megatron_unimm.methods.mmcore.diffusion.method import frame_work
 from megatron_unimm.methods.mmcore.footprint import QueryChunk, QueryLoad, vlm_of
+from megatron_unimm.methods.vlm.queries import VLM, vlm_stage
 from megatron_unimm.models.memory import Kept, Spread, Weights, block_kinds, pathway_kept, pathways_weights
 from megatron_unimm.models.trainable import is_frozen
 

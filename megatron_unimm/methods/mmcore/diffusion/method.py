@@ -11,32 +11,28 @@ from megatron_unimm.config.layout import stream_multiple
 from megatron_unimm.config.methods import DropoutSchedule, MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
-from megatron_unimm.data.packing import round_up
-from megatron_unimm.data.sizes import check_size, smallest_area
+from megatron_unimm.data.sizes import check_size
+from megatron_unimm.methods.drawing.frames import model_parts, num_vectors, picture_input, travelling_rows
 from megatron_unimm.methods.drawing.losses import TERMS, WEIGHTS
 from megatron_unimm.methods.drawing.method import (
     floats,
     frame_timesteps,
     learned_counts,
     loss_input,
-    rows_between_stages,
     stored,
     timestep_vectors,
 )
-from megatron_unimm.methods.drawing.model import PictureInput
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.batch import build_condition_batch
 from megatron_unimm.methods.mmcore.diffusion.flops import row_flops, sample_flops
 from megatron_unimm.methods.mmcore.diffusion.model import (
-    VLM,
     ConditionInput,
     DiffusionBatch,
     MMCoreDiffusionModel,
 )
-from megatron_unimm.methods.mmcore.method import frozen_parts
 from megatron_unimm.methods.vlm.layout import alignment
 from megatron_unimm.methods.vlm.model import FrozenParts
-from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
+from megatron_unimm.methods.vlm.queries import VLM, build_condition_batch, frozen_parts
+from megatron_unimm.models.mmdit.canvas import Canvas, Place
 from megatron_unimm.models.vit_features import FeaturePlaces
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
@@ -90,7 +86,7 @@ class MMCoreDiffusion:
         return DiffusionBatch(
             canvas=canvas,
             timestep=timestep_vectors(timesteps, canvas, place),
-            pictures=self._pictures(row, place) if at_an_end else None,
+            pictures=picture_input(row, place) if at_an_end else None,
             loss=loss_input(row, timesteps, self.config.flow, canvas, place) if model.post_process else None,
             condition=self._condition(row, model, place) if model.pre_process else None,
         )
@@ -125,22 +121,10 @@ class MMCoreDiffusion:
             features=feature_places(row, self.stage, place.device) if self.config.vit_features else None,
         )
 
-    def _pictures(self, row: FrameRow, place: Place) -> PictureInput:
-        latents = None if row.latents is None else stored(row.latents, place)
-        pixels = None if latents is not None else floats(row.pixels, place)
-        token_of = torch.from_numpy(row.token_of).to(place.device, non_blocking=True)
-        return PictureInput(pixels, latents, list(grids_of(row.pictures)), floats(row.noise, place), token_of)
-
 
 def frozen_vlm(stage: StageConfig) -> FrozenParts:
     """What the table of trainables leaves out of the VLM."""
     return frozen_parts(stage, VLM)
-
-
-def model_parts(stage: StageConfig) -> dict[str, Path]:
-    """Where parts come from that the checkpoint of the stage before does not hold."""
-    generator, base = Path(stage.generator_checkpoint), Path(stage.base_checkpoint)
-    return {"mmdit": generator, "vae": generator, "vision_encoder": base, "backbone": base}
 
 
 def feature_places(row: FrameRow, stage: StageConfig, device: torch.device) -> FeaturePlaces:
@@ -166,7 +150,7 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
     return FrameWork(
         generator=stage.generator,
         chat=data.chat(),
-        vlm=stage.queries,
+        scales=stage.queries.scales,
         sources=data.sources,
         seed=stage.train.seed,
         text_dropout=method.text_dropout if drops else NO_DROPOUT,
@@ -180,20 +164,3 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
         latents=data.latents,
         conditions=data.conditions,
     )
-
-
-def num_vectors(stage: StageConfig) -> int | None:
-    """Conditioning vectors of a row that travels through a pipeline: as many as the smallest frames would need. None
-    without a pipeline: as many as frames."""
-    parallel, data = stage.system.parallel, stage.data
-    if parallel.pipeline == 1:
-        return None
-    assert data.drawing_size is not None
-    assert stage.generator is not None
-    smallest = smallest_area(data.drawing_size, stage.generator.token_pixels)
-    return round_up(data.sequence_length // smallest + 1, parallel.tensor if parallel.sequence else 1)
-
-
-def travelling_rows(stage: StageConfig) -> int:
-    """As of all methods that draw."""
-    return rows_between_stages(stage, num_vectors(stage))

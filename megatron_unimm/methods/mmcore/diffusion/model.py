@@ -18,13 +18,12 @@ from torch import Tensor
 
 from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.mmdit import Sd3Config
-from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
 from megatron_unimm.methods.drawing.model import Condition, DrawingBatch, DrawingModel
-from megatron_unimm.methods.mmcore.batch import MMCoreBatch, build_condition_batch
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.vlm.model import FrozenParts
+from megatron_unimm.methods.vlm.queries import VLM, QueryBatch, build_condition_batch, vlm_stage
 from megatron_unimm.models.lora import add_lora
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.pathways import DualPathway
@@ -32,15 +31,12 @@ from megatron_unimm.models.vit_features import FeaturePlaces, VitFeatures
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
-VLM = "vlm."
-"""Before the names of the VLM's parameters here; in checkpoints they have the names of its own."""
-
 
 @dataclass(frozen=True)
 class ConditionInput:
     """What the first stage makes the condition of."""
 
-    conversation: MMCoreBatch | None
+    conversation: QueryBatch | None
     """For the VLM; None where what it says was computed beforehand."""
     word_index: Tensor | None
     """int64 ``[V]``: in its row."""
@@ -126,7 +122,7 @@ class MMCoreDiffusionModel(DrawingModel):
             image = self.image_condition(batch.condition.conversation, batch.condition.features)
         return Condition(self.condition(words, latents, batch.condition), image)
 
-    def image_condition(self, conversation: MMCoreBatch, places: FeaturePlaces | None) -> Tensor | None:
+    def image_condition(self, conversation: QueryBatch, places: FeaturePlaces | None) -> Tensor | None:
         """``[U, H]``, to be added to image tokens; None for nothing."""
         return None if places is None else self.vit_features(self.vlm.visual_tokens(conversation), places)
 
@@ -149,7 +145,7 @@ def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, fr
     return MMCoreVlm(vlm_stage(stage), stage.queries, platform, whole, frozen, with_teacher=False)
 
 
-def conversation_of(vlm: MMCoreVlm, row: FrameRow) -> MMCoreBatch:
+def conversation_of(vlm: MMCoreVlm, row: FrameRow) -> QueryBatch:
     """What a VLM reads of a row."""
     return build_condition_batch(row.conversation, row.query_index, vlm.stage.model, vlm.role())
 
@@ -158,17 +154,3 @@ def condition_of(vlm: MMCoreVlm, row: FrameRow) -> tuple[Tensor, Tensor]:
     """What a VLM says of a row: the last hidden states at its words ``[V, H]``, and visual latents ``[Q, D]``."""
     hidden, latents = vlm.condition(conversation_of(vlm, row))
     return hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device)), latents
-
-
-def vlm_stage(stage: StageConfig) -> StageConfig:
-    """The stage as its VLM is built: whole on one pipeline stage, never in FP8 (its rows have any length), with nothing
-    recomputed, and its images never computed beforehand."""
-    parallel = stage.system.parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "layers_per_stage": None})
-    system = SystemConfig(
-        platform=stage.system.platform,
-        layers=stage.system.layers,
-        parallel=parallel,
-        precision=PrecisionConfig(dtype=stage.system.precision.dtype),
-    )
-    data = stage.data.model_copy(update={"feature_cache": ""})
-    return stage.model_copy(update={"system": system, "data": data})

@@ -13,16 +13,11 @@ from torch import Tensor
 from megatron_unimm.config.methods import MMCorePolicyConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.prompts import PromptSample, PromptWork
+from megatron_unimm.methods.drawing.frames import model_parts, num_vectors, travelling_rows
 from megatron_unimm.methods.drawing.method import floats, timestep_vectors
 from megatron_unimm.methods.drawing.model import PictureInput
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.diffusion.method import (
-    frame_work,
-    frozen_vlm,
-    model_parts,
-    num_vectors,
-    travelling_rows,
-)
+from megatron_unimm.methods.mmcore.diffusion.method import frame_work, frozen_vlm
 from megatron_unimm.methods.mmcore.diffusion.model import ConditionInput
 from megatron_unimm.methods.mmcore.policy.losses import TERMS
 from megatron_unimm.methods.mmcore.policy.model import MMCorePolicyModel, PolicyBatch, PolicyInput

@@ -1,0 +1,206 @@
+"""HieraQuery as the shared loop sees it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_unimm.config.layout import chunk_of_layer, stream_multiple
+from megatron_unimm.config.methods import DropoutSchedule, HieraQueryConfig
+from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
+from megatron_unimm.data.sizes import check_size
+from megatron_unimm.methods.drawing.frames import model_parts, num_vectors, picture_input, travelling_rows
+from megatron_unimm.methods.drawing.losses import TERMS, WEIGHTS
+from megatron_unimm.methods.drawing.method import (
+    floats,
+    frame_timesteps,
+    learned_counts,
+    loss_input,
+    stored,
+    timestep_vectors,
+)
+from megatron_unimm.methods.hieraquery.flops import row_flops, sample_flops
+from megatron_unimm.methods.hieraquery.model import ConditionInput, HieraQueryBatch, HieraQueryModel, Targets
+from megatron_unimm.methods.interface import DataSetup
+from megatron_unimm.methods.vlm.layout import alignment
+from megatron_unimm.methods.vlm.model import FrozenParts
+from megatron_unimm.methods.vlm.queries import VLM, build_condition_batch, frozen_parts
+from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
+from megatron_unimm.models.vision import VisionInput
+from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.platform import Platform
+
+ALIGNMENT = "alignment"
+"""The loss of section 3.2, behind those of flow matching."""
+
+
+class HieraQuery:
+    """One stage: see ``methods/interface.py`` for the contract."""
+
+    terms: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
+        assert isinstance(stage.method, HieraQueryConfig)
+        assert stage.generator is not None
+        self.stage = stage
+        self.config = stage.method
+        self.generator = stage.generator
+        self.platform = platform
+        self.groups = groups
+        self.frozen = frozen_vlm(stage)
+        aligned = stage.method.alignment
+        self.terms = TERMS if aligned is None else (*TERMS, ALIGNMENT)
+        self.weights = WEIGHTS if aligned is None else (*WEIGHTS, aligned.weight)
+
+    def build(self, virtual_stage: int, with_base: bool = True) -> HieraQueryModel:
+        return HieraQueryModel(self.stage, self.platform, self.groups, self.frozen, virtual_stage, with_base)
+
+    def work(self, data: DataSetup) -> FrameWork:
+        """Frames with conditions.
+
+        Raises:
+            ConfigError: a size that is no whole number of tokens.
+        """
+        return frame_work(self.stage, data)
+
+    def travelling_rows(self) -> int:
+        return hieraquery_rows(self.stage)
+
+    def looks_here(self) -> bool:
+        """Whether the layer that is aligned is on this rank."""
+        if self.config.alignment is None:
+            return False
+        return chunk_of_layer(self.stage, self.config.alignment.layer)[0] == self.groups.collection.pp.rank()
+
+    def base_parts(self) -> dict[str, Path]:
+        """The last stage's VAE, and the vision encoder of the stage that aligns."""
+        return {"vae": Path(self.stage.generator_checkpoint), "vision_encoder": Path(self.stage.base_checkpoint)}
+
+    def model_parts(self) -> dict[str, Path]:
+        scales = self.stage.hieraquery
+        assert scales is not None
+        connector = scales.connector_checkpoint
+        return model_parts(self.stage) | ({"scale_connector": Path(connector)} if connector else {})
+
+    def counts(self, rows: Sequence[FrameRow]) -> list[int]:
+        """Image tokens that are learned: of all frames, by timestep, and aligned ones."""
+        flow = learned_counts(rows, self.config.flow)
+        return flow if self.config.alignment is None else [*flow, flow[0]]
+
+    def batch(self, row: FrameRow, model: HieraQueryModel, device: torch.device) -> HieraQueryBatch:
+        place = model.place(num_vectors(self.stage))
+        canvas = Canvas.build(row.frames, row.num_text, row.num_tokens, self.generator, place)
+        timesteps = frame_timesteps(row, self.config.flow)
+        at_an_end = model.pre_process or model.post_process
+        return HieraQueryBatch(
+            canvas=canvas,
+            timestep=timestep_vectors(timesteps, canvas, place),
+            pictures=picture_input(row, place) if at_an_end else None,
+            loss=loss_input(row, timesteps, self.config.flow, canvas, place) if model.post_process else None,
+            condition=self._condition(row, model, place) if model.pre_process else None,
+            targets=self._targets(row, place) if model.mmdit.has_tap else None,
+        )
+
+    def row_flops(self, row: FrameRow) -> float:
+        return row_flops(row, self.stage)
+
+    def sample_flops(self, sample: FrameSample) -> float:
+        return sample_flops(sample, self.stage)
+
+    def part_configs(self) -> dict[str, Any]:
+        """How queries, connector and the parts around it are built, for exports."""
+        assert self.stage.hieraquery is not None
+        return {"hieraquery": self.stage.hieraquery.model_dump(mode="json")}
+
+    def _condition(self, row: FrameRow, model: HieraQueryModel, place: Place) -> ConditionInput:
+        conversation = hidden = None
+        if row.visual is not None:
+            hidden = stored(row.visual, place)
+        else:
+            role = replace(model.vlm.role(), device=place.device)
+            conversation = build_condition_batch(row.conversation, row.query_index, self.stage.model, role)
+        frames = np.repeat(np.arange(len(row.frames)), row.frames.num_condition)
+        order, frame_of_token = (
+            torch.from_numpy(each).to(place.device, non_blocking=True) for each in (row.condition_order, frames)
+        )
+        return ConditionInput(conversation, hidden, order, floats(row.visual_kept, place), frame_of_token)
+
+    def _targets(self, row: FrameRow, place: Place) -> Targets:
+        assert row.target_grids is not None
+        assert row.target_of_frame is not None
+        encoder, frames = self.stage.model.vision_encoder, row.frames
+        images = features = None
+        if row.target_features is not None:
+            features = stored(row.target_features, place)
+        elif len(row.target_grids):
+            assert row.target_patches is not None
+            images = VisionInput.build(row.target_patches, row.target_grids, encoder, place.device, place.dtype)
+        noisy = ~frames.is_clean
+        # Of each image token of the row that is learned, its place among those of all noisy frames.
+        is_noisy, is_learned = np.repeat(noisy, frames.counts), np.repeat(row.learned, frames.counts)
+        place_of = np.full(row.num_tokens - row.num_text, -1, dtype=np.int64)
+        place_of[: len(is_noisy)] = np.where(is_learned, is_noisy.cumsum() - 1, -1)
+        mine = np.split(place_of, place.context[1])[place.context[0]]  # as ``visibility.local_index``
+        chosen = np.flatnonzero(mine >= 0)
+        merge = encoder.spatial_merge_size
+        return Targets(
+            images=images,
+            features=features,
+            feature_grids=[(int(rows) // merge, int(columns) // merge) for _, rows, columns in row.target_grids],
+            number_of=row.target_of_frame[noisy].tolist(),
+            grids=list(grids_of(frames.sizes[noisy])),
+            chosen=torch.from_numpy(chosen).to(place.device, non_blocking=True),
+            rows=torch.from_numpy(mine[chosen]).to(place.device, non_blocking=True),
+        )
+
+
+def frozen_vlm(stage: StageConfig) -> FrozenParts:
+    """What the table of trainables leaves out of the VLM."""
+    return frozen_parts(stage, VLM)
+
+
+def hieraquery_rows(stage: StageConfig) -> int:
+    """Rows between pipeline stages, and with an alignment loss one more on every rank."""
+    assert isinstance(stage.method, HieraQueryConfig)
+    parallel, rows = stage.system.parallel, travelling_rows(stage)
+    if stage.method.alignment is None or parallel.pipeline == 1:
+        return rows
+    return rows + parallel.context * (parallel.tensor if parallel.sequence else 1)
+
+
+NO_WORDS = DropoutSchedule(start=0.0, end=0.0)
+
+
+def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
+    """What is done to samples; see :meth:`HieraQuery.work`."""
+    method, parallel = stage.method, stage.system.parallel
+    assert isinstance(method, HieraQueryConfig)
+    assert stage.generator is not None
+    assert stage.data.drawing_size is not None
+    side = stage.generator.token_pixels * stage.scales.multiple
+    check_size(stage.data.drawing_size, side, "data.drawing_size")
+    aligned = alignment(stage)
+    dropout = method.condition_dropout
+    return FrameWork(
+        generator=stage.generator,
+        chat=data.chat(),
+        scales=stage.scales,
+        sources=data.sources,
+        seed=stage.train.seed,
+        text_dropout=NO_WORDS,
+        visual_dropout=DropoutSchedule(start=dropout, end=dropout),
+        max_frames=method.max_frames,
+        pathways="visual",
+        stream_multiple=stream_multiple(stage),
+        vlm_alignment=aligned,
+        vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),
+        latents=data.latents,
+        conditions=data.conditions,
+        with_targets=method.alignment is not None,
+        features=data.features,
+    )
