@@ -101,14 +101,16 @@ class _Part:
         stem = rows.name.removesuffix(".rows")
         self.keys: np.ndarray = np.load(rows.with_name(f"{stem}.keys.npy"), mmap_mode="r", allow_pickle=False)
         self.places: np.ndarray = np.load(rows.with_name(f"{stem}.places.npy"), mmap_mode="r", allow_pickle=False)
-        self.rows = np.memmap(rows, STORED[meta.dtype], mode="r").reshape(-1, meta.width) if len(self.keys) else None
+        has_rows = rows.stat().st_size > 0  # an empty file cannot be mapped; what it holds may have no rows at all
+        kind = STORED[meta.dtype]
+        flat = np.memmap(rows, kind, mode="r") if has_rows else np.empty(0, kind)
+        self.rows = flat.reshape(-1, meta.width)
 
     def get(self, key: Key) -> np.ndarray | None:
         first = np.uint64(key[0])
         place = int(np.searchsorted(self.keys[:, 0], first))
         while place < len(self.keys) and self.keys[place, 0] == first:
             if self.keys[place, 1] == np.uint64(key[1]):
-                assert self.rows is not None
                 start, count = (int(number) for number in self.places[place])
                 return self.rows[start : start + count]
             place += 1

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.footprint import Footprints
+from megatron_unimm.methods.hieraquery.footprint import HieraQueryFootprints
 from megatron_unimm.methods.hieraquery.method import HieraQuery
 from megatron_unimm.methods.interface import Method
 from megatron_unimm.methods.mmcore.diffusion.footprint import DiffusionFootprints
@@ -40,6 +41,7 @@ FOOTPRINTS: dict[str, Footprints] = {
     "mmcore": MMCoreFootprints(),
     "mmcore_diffusion": DiffusionFootprints(),
     "mmcore_policy": PolicyFootprints(),
+    "hieraquery": HieraQueryFootprints(),
 }
 
 

@@ -640,6 +640,11 @@ def final_norm_kept(model: BackboneConfig, spread: Spread, row: float, trains: b
     return Kept(_norm(spread.between(row), model.hidden_size, True, spread, trains))
 
 
+def rms_norm_kept(width: int, spread: Spread, tokens: float) -> Kept:
+    """A norm that trains, over tokens that every rank has whole."""
+    return Kept(_norm(tokens, width, True, spread, trains=True))
+
+
 def logits_kept(model: BackboneConfig, spread: Spread, positions: float) -> Kept:
     """Cross entropy at n positions: their hidden states n H i, and the softmax in fp32, 4 n V / tensor. While it is
     made, and again when its gradient is, the logits themselves are there in the computing dtype."""

@@ -9,8 +9,8 @@ import torch
 
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Reader
-from megatron_unimm.config.base import as_now
-from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
+from megatron_unimm.config.base import Section, as_now
+from megatron_unimm.config.methods import HieraQueryConfig, MMCoreDiffusionConfig, MMCoreDrawing
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import ConditionStore
 from megatron_unimm.data.features import FeatureMeta, FeatureStore
@@ -24,8 +24,11 @@ from megatron_unimm.train.state import base_directory, generator_directory
 TOWER, VAE = "vision_encoder.", "vae."
 """Prefixes of the tensors of what makes features and latents."""
 QUERIES = "query_tokens."
-VLM_PARTS = ("backbone.", QUERIES, "query_connector.", TOWER)
-"""Likewise of conditions."""
+VLM_PARTS = {
+    "queries": ("backbone.", QUERIES, "query_connector.", TOWER),
+    "hieraquery": ("backbone.", QUERIES, TOWER),
+}
+"""Likewise of conditions, by the stage's section of queries."""
 TEXT_HEAD = "backbone.output_layer."
 """Comes after what conditions are made of."""
 
@@ -63,22 +66,26 @@ def condition_metas(stage: StageConfig, start: Path) -> tuple[FeatureMeta, Featu
     Raises:
         CheckpointError: its VLM has not learned to draw.
     """
-    assert stage.queries is not None
+    parts = VLM_PARTS[stage.method.query_section]
     with Reader(start) as reader:
-        lacking = [part for part in VLM_PARTS if not any(key.startswith(part) for key in reader.tensors)]
+        lacking = [part for part in parts if not any(key.startswith(part) for key in reader.tensors)]
     if QUERIES in lacking:
-        what = "holds no query tokens, and what a VLM says at new ones is nothing to keep; train the VLM's stage first"
+        what = "holds no query tokens, and what a VLM says at new ones is nothing to keep; train them first"
         raise CheckpointError(str(start), what)
     weights = _hash_of(
-        {part: base_directory(stage) if part in lacking else start for part in VLM_PARTS},
+        {part: base_directory(stage) if part in lacking else start for part in parts},
         DTYPES[stage.system.precision.dtype],
     )
-    parts = {"model": stage.model, "queries": stage.queries}
-    configs = {name: part.model_dump(mode="json", exclude={"teacher"}) for name, part in parts.items()}
-    words, visual = (
-        FeatureMeta(configs, weights, stage.system.precision.dtype, width)
-        for width in (stage.model.backbone.hidden_size, stage.queries.latent_size(stage.model))
-    )
+    hidden = stage.model.backbone.hidden_size
+    sections: dict[str, Section] = {"model": stage.model}
+    if stage.method.query_section == "hieraquery":
+        assert stage.hieraquery is not None
+        sections["hieraquery"], unread, latent = stage.hieraquery, {"connector", "connector_checkpoint"}, hidden
+    else:
+        assert stage.queries is not None
+        sections["queries"], unread, latent = stage.queries, {"teacher"}, stage.queries.latent_size(stage.model)
+    configs = {name: section.model_dump(mode="json", exclude=unread) for name, section in sections.items()}
+    words, visual = (FeatureMeta(configs, weights, stage.system.precision.dtype, width) for width in (hidden, latent))
     return words, visual
 
 
@@ -131,7 +138,7 @@ def _check_features(stage: StageConfig) -> None:
 
 def _check_conditions(stage: StageConfig) -> None:
     field = "data.condition_cache"
-    if not isinstance(stage.method, MMCoreDiffusionConfig):
+    if not isinstance(stage.method, MMCoreDiffusionConfig | HieraQueryConfig):
         what = f"set, but method {stage.method.name} of stage {stage.name} learns from no such conditions"
         raise ConfigError(field, f"{what}; leave it empty")
     if need := need_of_vlm(stage):

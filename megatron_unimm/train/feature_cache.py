@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import load
+from megatron_unimm.config.methods import HieraQueryConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import VISUAL, WORDS
 from megatron_unimm.data.decode.build import build_decoder
@@ -21,7 +23,7 @@ from megatron_unimm.data.decode.interface import Decoder, ImageRequest
 from megatron_unimm.data.drawing import DrawingWork
 from megatron_unimm.data.faults import SampleError
 from megatron_unimm.data.features import STORED, FeatureMeta, FeatureWriter, Key, finish_cache, image_key
-from megatron_unimm.data.frames import FrameWork
+from megatron_unimm.data.frames import FrameRow, FrameWork
 from megatron_unimm.data.images import PatchFormat
 from megatron_unimm.data.mix import Draw
 from megatron_unimm.data.plan import BadSample, Laid
@@ -30,10 +32,12 @@ from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.data.workers import ConversationWork, SampleWork
 from megatron_unimm.errors import CheckpointError, ConfigError
 from megatron_unimm.methods.drawing.frames import model_parts
+from megatron_unimm.methods.hieraquery.model import build_vlm as build_scale_vlm
+from megatron_unimm.methods.hieraquery.model import said_of as said_at_scales
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.diffusion.method import frozen_vlm
 from megatron_unimm.methods.mmcore.diffusion.model import build_vlm, condition_of
 from megatron_unimm.methods.registry import build_method
+from megatron_unimm.methods.vlm.queries import QueryVlm, frozen_vlm
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import DTYPES, vision_transformer_config
 from megatron_unimm.models.vae import build_vae, encode_patches
@@ -125,6 +129,8 @@ def _makers(
         else:
             yield _condition_maker(stage, folder / CONDITIONS, run_dir, work, platform, groups)
         yield _vae_maker(stage, folder / LATENTS, work.pixel_format, work.picture_requests, platform, groups)
+        if work.with_targets:
+            yield _tower_maker(stage, folder / FEATURES, work.target_requests, platform, groups)
     else:
         raise ConfigError("--stage", f"{stage.name} learns from what it draws itself; nothing can be made beforehand")
 
@@ -213,7 +219,7 @@ def _condition_maker(
     words, visual = ranks.from_first(lambda: condition_metas(stage, start))
     system = stage.system.model_copy(update={"parallel": parallel.model_copy(update={"context": 1})})
     alone = stage.model_copy(update={"system": system})
-    vlm = build_vlm(alone, platform, groups.without_context(), frozen_vlm(stage))
+    vlm, say = _speaker(alone, platform, groups.without_context())
     vlm = vlm.to(platform.device, DTYPES[stage.system.precision.dtype]).eval()
     load_weights([vlm], start, groups, model_parts(stage), unread=("*",))
 
@@ -222,8 +228,9 @@ def _condition_maker(
         # All words, whatever the stage draws from: one that takes them finds the same conversations.
         row = work.row([replace(sample, has_words=True) for sample in samples])
         layouts = [sample.layout for sample in samples]
-        said = condition_of(vlm, row)
-        counts = [sum(map(len, layout.text_index)) for layout in layouts], [len(each.query_index) for each in layouts]
+        said = say(row)
+        words = [sum(map(len, layout.text_index)) if len(said[0]) else 0 for layout in layouts]
+        counts = words, [len(each.query_index) for each in layouts]
         parts = zip(*(rows.split(count) for rows, count in zip(said, counts, strict=True)), strict=True)
         return [None if bad else part for part, bad in zip(parts, broken, strict=True)]
 
@@ -237,6 +244,17 @@ def _condition_maker(
         room=work.room,
         together=parallel.expert > 1,  # experts of one rank work for others
     )
+
+
+def _speaker(
+    stage: StageConfig, platform: Platform, groups: ParallelGroups
+) -> tuple[QueryVlm, Callable[[FrameRow], tuple[Tensor, Tensor]]]:
+    """The VLM of a stage, and what it says of a row: words, where the method has any, and at queries."""
+    if isinstance(stage.method, HieraQueryConfig):
+        scales = build_scale_vlm(stage, platform, groups, frozen_vlm(stage))
+        return scales, partial(said_at_scales, scales)
+    vlm = build_vlm(stage, platform, groups, frozen_vlm(stage))
+    return vlm, partial(condition_of, vlm)
 
 
 def _fill(

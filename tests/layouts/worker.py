@@ -95,6 +95,11 @@ def init(folder: Path, stage: StageConfig) -> None:
         for parameter in chunks[0].parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         save(model_state(chunks, groups), folder / name, meta)
+    if stage.method.query_section == "hieraquery":  # its VLM is the base model's
+        state = model_state(chunks, groups)["model0"]
+        of_vlm = {key: value for key, value in state.items() if value.key.startswith(("vision_encoder.", "backbone."))}
+        meta = {"kind": "base_model", "family": "qwen2_5_vl", "architecture": stage.model.model_dump(mode="json")}
+        save({"model0": of_vlm}, folder / "base", meta)
     siglip = chunks[0].base_sharded_state_dict("siglip", sharding_metadata(groups))
     if siglip:
         save({"siglip": siglip}, folder / "siglip", {"kind": "base_model", "family": "siglip"})

@@ -27,8 +27,7 @@ from megatron_unimm.methods.hieraquery.flops import row_flops, sample_flops
 from megatron_unimm.methods.hieraquery.model import ConditionInput, HieraQueryBatch, HieraQueryModel, Targets
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.vlm.layout import alignment
-from megatron_unimm.methods.vlm.model import FrozenParts
-from megatron_unimm.methods.vlm.queries import VLM, build_condition_batch, frozen_parts
+from megatron_unimm.methods.vlm.queries import build_condition_batch, frozen_vlm
 from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
 from megatron_unimm.models.vision import VisionInput
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -157,11 +156,6 @@ class HieraQuery:
             chosen=torch.from_numpy(chosen).to(place.device, non_blocking=True),
             rows=torch.from_numpy(mine[chosen]).to(place.device, non_blocking=True),
         )
-
-
-def frozen_vlm(stage: StageConfig) -> FrozenParts:
-    """What the table of trainables leaves out of the VLM."""
-    return frozen_parts(stage, VLM)
 
 
 def hieraquery_rows(stage: StageConfig) -> int:

@@ -221,3 +221,10 @@ def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, fr
 def conversation_of(vlm: ScaleVlm, row: FrameRow) -> QueryBatch:
     """What a VLM reads of a row."""
     return build_condition_batch(row.conversation, row.query_index, vlm.stage.model, vlm.role())
+
+
+def said_of(vlm: ScaleVlm, row: FrameRow) -> tuple[Tensor, Tensor]:
+    """What a VLM says of a row: of words nothing, which pictures are not drawn from, ``[0, H]``, and the last hidden
+    states at its queries ``[Q, H]``."""
+    hidden = vlm.condition(conversation_of(vlm, row))
+    return hidden[:0], hidden

@@ -151,6 +151,11 @@ def frozen_parts(stage: StageConfig, prefix: str = "") -> FrozenParts:
     )
 
 
+def frozen_vlm(stage: StageConfig) -> FrozenParts:
+    """What the table leaves out of the VLM beside a diffusion transformer."""
+    return frozen_parts(stage, VLM)
+
+
 def vlm_stage(stage: StageConfig) -> StageConfig:
     """The stage as its VLM is built: whole on one pipeline stage, never in FP8 (its rows have any length), with nothing
     recomputed, and its images never computed beforehand."""

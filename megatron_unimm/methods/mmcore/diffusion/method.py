@@ -30,8 +30,7 @@ from megatron_unimm.methods.mmcore.diffusion.model import (
     MMCoreDiffusionModel,
 )
 from megatron_unimm.methods.vlm.layout import alignment
-from megatron_unimm.methods.vlm.model import FrozenParts
-from megatron_unimm.methods.vlm.queries import VLM, build_condition_batch, frozen_parts
+from megatron_unimm.methods.vlm.queries import build_condition_batch, frozen_vlm
 from megatron_unimm.models.mmdit.canvas import Canvas, Place
 from megatron_unimm.models.vit_features import FeaturePlaces
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -120,11 +119,6 @@ class MMCoreDiffusion:
             latents=latents,
             features=feature_places(row, self.stage, place.device) if self.config.vit_features else None,
         )
-
-
-def frozen_vlm(stage: StageConfig) -> FrozenParts:
-    """What the table of trainables leaves out of the VLM."""
-    return frozen_parts(stage, VLM)
 
 
 def feature_places(row: FrameRow, stage: StageConfig, device: torch.device) -> FeaturePlaces:

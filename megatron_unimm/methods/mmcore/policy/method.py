@@ -17,11 +17,12 @@ from megatron_unimm.methods.drawing.frames import model_parts, num_vectors, trav
 from megatron_unimm.methods.drawing.method import floats, timestep_vectors
 from megatron_unimm.methods.drawing.model import PictureInput
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.diffusion.method import frame_work, frozen_vlm
+from megatron_unimm.methods.mmcore.diffusion.method import frame_work
 from megatron_unimm.methods.mmcore.diffusion.model import ConditionInput
 from megatron_unimm.methods.mmcore.policy.losses import TERMS
 from megatron_unimm.methods.mmcore.policy.model import MMCorePolicyModel, PolicyBatch, PolicyInput
 from megatron_unimm.methods.mmcore.policy.rows import PolicyRow
+from megatron_unimm.methods.vlm.queries import frozen_vlm
 from megatron_unimm.models.mmdit.canvas import Canvas, Place
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
