@@ -5,6 +5,7 @@ from typing import Any
 from megatron_unimm.convert.flux import FLUX
 from megatron_unimm.convert.ming import MING_LITE_OMNI
 from megatron_unimm.convert.pipeline import architectures_of
+from megatron_unimm.convert.qwen2 import QWEN2
 from megatron_unimm.convert.qwen2_5_vl import QWEN2_5_VL
 from megatron_unimm.convert.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from megatron_unimm.convert.sana import SANA
@@ -14,15 +15,8 @@ from megatron_unimm.convert.table import Family
 from megatron_unimm.errors import CheckpointError
 
 FAMILIES: tuple[Family, ...] = (
-    QWEN2_5_VL,
-    QWEN3_VL,
-    QWEN3_VL_MOE,
-    MING_LITE_OMNI,
-    SIGLIP,
-    SIGLIP2,
-    SD3,
-    FLUX,
-    SANA,
+    *(QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, MING_LITE_OMNI, QWEN2),
+    *(SIGLIP, SIGLIP2, SD3, FLUX, SANA),
 )
 
 
