@@ -22,6 +22,7 @@ Examples:
   unimm generate --model runs/quickstart --prompt "a red circle left of a blue square" --to out.png
   unimm generate --model runs/quickstart --prompt "Make the circle green." --image scene.png --to edited.png
   unimm generate --model runs/quickstart --prompt "two blue squares" --count 4 --steps 30 --to grid.png
+  unimm generate --model runs/hieraquery --prompt "a red circle" --all-scales --to out.png
   unimm generate --model runs/quickstart --prompt "How many circles are there?" --image scene.png
   torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --tensor 2 --prompt "Who are you?"
   torchrun --nproc-per-node 2 -m megatron_unimm.cli generate --model DIR --context 2 --image 1.png --image 2.png … \\
@@ -52,6 +53,11 @@ Examples:
     help="Pictures per prompt, with seeds that count up; several stand in FILE.png as a grid, and each in "
     "FILE_000.png and so on.",
 )
+@click.option(
+    "--all-scales",
+    is_flag=True,
+    help="Of a model that draws at several scales, also the coarser pictures, in FILE_16x16.png and so on.",
+)
 @decoding
 @painting
 @layout
@@ -61,6 +67,7 @@ def generate(
     image_files: tuple[Path, ...],
     to: Path | None,
     count: int,
+    all_scales: bool,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -77,6 +84,7 @@ def generate(
 
     setup_logging()  # before Megatron-Core is imported, which warns
 
+    from megatron_unimm.errors import UserError
     from megatron_unimm.generate.load import load_generator
     from megatron_unimm.generate.pictures import read_pictures
     from megatron_unimm.generate.sampling import DecodeSettings
@@ -87,11 +95,12 @@ def generate(
         model_dir, tensor=tensor, pipeline=pipeline, context=context, decoder=decoder, base=base
     ) as generator:
         suffix = "" if to is None else to.suffix.lower()
+        if all_scales and generator.num_scales == 1:
+            raise UserError("--all-scales", f"{generator.origin} draws every picture at one scale; leave it out")
+        settings = replace(settings, all_scales=all_scales)
         if generator.sampler is not None:
             settings = replace(settings, sampler=sampler_of(generator.sampler, **drawing))
         elif suffix == PICTURE and generator.draws:
-            from megatron_unimm.errors import UserError
-
             raise UserError(generator.origin, f"has no image decoder beside it to make {to}; give one with --decoder")
         answers = _answers(generator, prompts, pictures, settings, count, open_image=suffix in (PICTURE, TOKENS))
         if generator.is_main:

@@ -442,6 +442,8 @@ class FrameWork:
 
     def row(self, samples: Sequence[FrameSample], step: int = 0) -> FrameRow:
         """Conditions in front, pictures behind, each stream filled up with padding."""
+        # Pictures that are only drawn have none.
+        has_targets = self.with_targets and all(sample.target_grids is not None for sample in samples)
         places = [(place, number, clean) for place, sample in enumerate(samples) for number, clean in sample.entries]
         frames = _frames(samples, places, self.earlier_latents)
         layouts = [sample.layout for sample in samples]
@@ -466,7 +468,7 @@ class FrameWork:
             visual_kept=self._visual_kept(samples, step),
             words=joined_store([sample.words for sample in samples], self.conditions and self.conditions.words),
             visual=joined_store([sample.visual for sample in samples], self.conditions and self.conditions.visual),
-            **(self._targets(samples, places) if self.with_targets else {}),
+            **(self._targets(samples, places) if has_targets else {}),
         )
 
     def _targets(self, samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]]) -> dict[str, Any]:

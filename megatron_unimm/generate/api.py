@@ -151,6 +151,11 @@ class Generator:
         return self.painter is not None
 
     @property
+    def num_scales(self) -> int:
+        """At which it draws every picture."""
+        return 1
+
+    @property
     def sampler(self) -> SamplerConfig | None:
         """How pictures are drawn unless the settings say otherwise; None where there are none."""
         return None if self.painter is None else self.painter.config.sampler

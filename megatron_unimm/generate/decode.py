@@ -56,6 +56,8 @@ class GeneratedImage:
     """int64 ``[3]``: patches along time, height, width."""
     pixels: np.ndarray | None = None
     """uint8 (H, W, 3), where the model has an image decoder."""
+    coarser: tuple[np.ndarray, ...] = ()
+    """The same at the model's coarser scales, coarsest first, where they were asked for."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def write_pictures(
     generator: Generator,
 ) -> list[Path]:
     """Write generated images with how they were made in their metadata: one to ``file``; several each to a file of its
-    own, named after it, and all to ``file`` as a grid. Returns the files.
+    own, named after it, and all to ``file`` as a grid; what was drawn at coarser scales, each to a file named after its
+    size. Returns the files.
 
     Args:
         captions: what each was asked for. numbers: with the seed, fixes each one's noise.
@@ -52,18 +53,22 @@ def write_pictures(
     """
     made_by = {"checkpoint": generator.origin, "decoder": generator.drawn_by}
     files = [file] if len(pictures) == 1 else [file.with_stem(f"{file.stem}_{i:03d}") for i in range(len(pictures))]
-    shown = []
+    shown, coarser = [], []
     for path, picture, caption, number in zip(files, pictures, captions, numbers, strict=True):
         assert picture.pixels is not None, "a generator that paints left an image without pixels"
         write_png(path, picture.pixels, _settings(caption, number, settings) | made_by)
         shown.append(picture.pixels)
+        for pixels in picture.coarser:
+            height, width = pixels.shape[:2]
+            coarser.append(path.with_stem(f"{path.stem}_{width}x{height}"))
+            write_png(coarser[-1], pixels, _settings(caption, number, settings) | made_by)
     if len(pictures) == 1:
-        return files
+        return [*files, *coarser]
     # Several pictures of several prompts: a row each.
     of_one = len(pictures) // len(set(captions))
     columns = of_one if 1 < of_one < len(pictures) else None
     write_png(file, picture_grid(shown, list(captions), columns), {"seed": settings.seed, **made_by})
-    return [file, *files]
+    return [file, *files, *coarser]
 
 
 def _settings(caption: str, number: int, settings: DecodeSettings) -> dict[str, Setting]:

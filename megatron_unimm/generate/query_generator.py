@@ -101,6 +101,10 @@ class QueryGenerator(Generator):
         return True
 
     @property
+    def num_scales(self) -> int:
+        return len(self.frames.work.scales.queries)
+
+    @property
     def sampler(self) -> SamplerConfig:
         return self.frames.sampler
 
@@ -151,13 +155,19 @@ class QueryGenerator(Generator):
         assert len(asked) == len(prompts), "prompts of this generator"
         words = self._answer_in_words(asked, settings, batch_size)
         drawing = [place for place, (_, opens, _) in enumerate(words) if opens]
-        pictures: dict[int, np.ndarray] = {}
+        pictures: dict[int, tuple[np.ndarray, ...]] = {}
         if settings.pixels and drawing:
             requests = [self._request(asked[place], words[place][0]) for place in drawing]
-            drawn = self.frames.paint(requests, settings.sampler, settings.seed)
-            pictures = dict(zip(drawing, drawn, strict=True))
+            count = len(self.frames.work.scales.queries)
+            scales = range(count) if settings.all_scales else (count - 1,)
+            each = [replace(request, scale=scale) for request in requests for scale in scales]
+            drawn = self.frames.paint(each, settings.sampler, settings.seed)
+            pictures = {
+                place: tuple(drawn[number * len(scales) : (number + 1) * len(scales)])
+                for number, place in enumerate(drawing)
+            }
         return [
-            self._finish(prompt, *said, pictures.get(i))
+            self._finish(prompt, *said, pictures.get(i, ()))
             for i, (prompt, said) in enumerate(zip(asked, words, strict=True))
         ]
 
@@ -198,13 +208,18 @@ class QueryGenerator(Generator):
         return FrameRequest(turns, prompt.pixels, size, prompt.number)
 
     def _finish(
-        self, prompt: QueryPrompt, said: list[int], opens: bool, complete: bool, pixels: np.ndarray | None
+        self, prompt: QueryPrompt, said: list[int], opens: bool, complete: bool, pixels: tuple[np.ndarray, ...]
     ) -> Answer:
+        """
+        Args:
+            pixels: at each scale that was drawn, the finest last.
+        """
         text = self.chat.tokenizer.decode(said, skip_special_tokens=True)
         parts: tuple[str | int, ...] = (text,) if text else ()
         if not opens:
             return Answer(said, text, parts, (), complete)
-        picture = GeneratedImage(self.frames.nothing, prompt.grid, pixels)
+        finest = pixels[-1] if pixels else None
+        picture = GeneratedImage(self.frames.nothing, prompt.grid, finest, pixels[:-1])
         return Answer(said, text, (*parts, 0), (picture,), True)
 
     def _on_first(self, find: Callable[[], T]) -> T:

@@ -29,6 +29,8 @@ class DecodeSettings:
     """Whether images get pixels, where there is an image decoder."""
     sampler: SamplerConfig | None = None
     """How an image decoder draws; None for its recipe's."""
+    all_scales: bool = False
+    """A model that draws at several scales draws each picture at all of them, not only at the finest."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -98,8 +98,8 @@ class ScaleConnector(TransformerBlock):
             queries: of each scale.
         """
         if not len(hidden_QH):
-            # Its weights take part in every step: one token stands for none.
-            return self.refine(hidden_QH.new_zeros(1, hidden_QH.shape[1]), (1,))[:0]
+            # Its weights, and what comes before it, take part in every step: one token stands for none.
+            return self.refine(hidden_QH.new_zeros(1, hidden_QH.shape[1]), (1,))[:0] + hidden_QH
         lengths = np.tile(np.array(queries), len(hidden_QH) // sum(queries))
         device = hidden_QH.device
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)

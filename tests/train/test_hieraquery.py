@@ -13,11 +13,19 @@ from small_diffusion import World
 from small_hieraquery import chunk_of, make_sample, row_of, scales_of, several, small_stage, step_of
 from torch import Tensor
 
+from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.hieraquery import MultiScaleConfig
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample
+from megatron_unimm.data.sample import Turn
 from megatron_unimm.errors import ConfigError
+from megatron_unimm.generate.frame_painter import FrameRequest, Guided
+from megatron_unimm.generate.scale_painter import ScalePainter
+from megatron_unimm.generate.staged import decoding_mode
+from megatron_unimm.methods.hieraquery.method import frame_work
 from megatron_unimm.methods.hieraquery.model import conversation_of
+from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.vlm.batch import local_tokens, packed_context
 from megatron_unimm.methods.vlm.model import FrozenParts, VlmModel
 from megatron_unimm.models.mmdit.canvas import Canvas
@@ -223,10 +231,18 @@ def test_losses_and_gradients_are_those_of_each_frame(repo: Path, world: World) 
 
 
 def test_a_rank_without_pictures_takes_part(repo: Path, world: World) -> None:
+    """Every gradient is there, and zero: overlapped reduction waits for each."""
     step = step_of(small_stage(repo), world)
-    means = step.forward_backward([row_of(step.stage, [])])
+    row = row_of(step.stage, [])
+    means = step.forward_backward([row])
     assert not means.any()
-    assert all(not p.main_grad.any() for p in chunk_of(step).parameters() if p.requires_grad)
+    named = {name: p for name, p in chunk_of(step).named_parameters() if p.requires_grad}
+    assert all(not p.main_grad.any() for p in named.values())
+    reached: set[str] = set()
+    for name, parameter in named.items():
+        parameter.register_hook(lambda gradient, name=name: reached.add(name))
+    chunk_of(step)(step.method.batch(row, chunk_of(step), torch.device("cpu"))).sum().backward()
+    assert reached == named.keys()
 
 
 def test_without_alignment_there_is_no_such_term(repo: Path, world: World) -> None:
@@ -319,3 +335,56 @@ def test_learning_rate_of_the_paper() -> None:
     assert rates[99] == pytest.approx(5e-5)
     assert rates[-1] == pytest.approx(1e-6)
     assert max(rates) == pytest.approx(5e-5)
+
+
+# -- drawing
+
+
+def test_each_scale_is_drawn_from_its_own_tokens(repo: Path, world: World) -> None:
+    """The guided velocity of an edit at each scale: v(∅) + s (v(c) − v(∅)), each from a row
+    that holds nothing but the frames of one scale; and pictures of all scales."""
+    stage = small_stage(repo, f"data.tokenizer={repo}/tools/base_models/shapes_vlm")
+    step = step_of(stage, world)
+    chunk, generator, side = chunk_of(step), generator_of(stage), generator_of(stage).token_pixels
+    tokenizer = ChatTokenizer(stage.data.tokenizer, stage.model)
+    chat = ChatFormat(tokenizer, stage.model.vision_encoder, stage.data)
+    painter = ScalePainter(
+        [chunk], stage, step.groups, step.platform, frame_work(stage, DataSetup({}, lambda: chat)), origin="here"
+    )
+    given = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    turns = (Turn("user", (0, "Make it red.")),)
+    plain = SamplerConfig(steps=2, guidance_scale=3.0)
+    drawn = painter.paint([FrameRequest(turns, (given,), (64, 64), scale=scale) for scale in (0, 1)], plain)
+    assert [picture.shape for picture in drawn] == [(32, 32, 3), (64, 64, 3)]
+    for scale, tokens in enumerate((4, 16)):
+        drawables = [painter.lay_out(FrameRequest(turns, (given,), (64, 64), scale=scale)) for _ in range(2)]
+        state = torch.randn(2, tokens, generator.mmdit.patch_dim)
+        with decoding_mode([chunk]):
+            found = Guided(painter, drawables, plain).velocity(state, 0.6)
+            clean = painter.clean_latents(drawables[:1])  # [u, F]
+            sample = painter.work.with_patches(drawables[0].sample, (given,))
+            whole = chunk.vlm.condition(conversation_of(chunk.vlm, painter.work.row([sample])))
+            condition = chunk.tokens(whole, stage.scales.queries)[slice(0, 2) if scale == 0 else slice(2, 6)]
+            parts = []
+            for own in (condition, torch.zeros_like(condition)):
+                frames = Frames(
+                    sizes=np.array([[2 ** (scale + 1)] * 2] * 2),
+                    num_condition=np.array([0, len(own)]),
+                    sample=np.zeros(2, dtype=np.int64),
+                    number=np.arange(2),
+                    is_clean=np.array([True, False]),
+                )
+                canvas = Canvas.build(frames, len(own), len(own) + 2 * tokens, generator, chunk.place(None))
+                pooled = chunk.scale_adapters.pooled
+                inputs = MMDiTInput(
+                    condition=own,
+                    patches=torch.cat([clean, state[0]]),
+                    position_index=canvas.position_index,
+                    timestep=torch.tensor([0.0, 0.6]),
+                    pooled=torch.stack([pooled(torch.zeros_like(own[0])), pooled(own.mean(dim=0))]),
+                    added=chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts))),
+                )
+                parts.append(chunk.mmdit(canvas.row, inputs, None)[tokens:])
+        expected = parts[1] + 3.0 * (parts[0] - parts[1])
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+    assert side == 16
