@@ -17,7 +17,7 @@ def live_generator(loop: Loop, painter: Painter | None = None) -> Generator:
     stage, groups, platform = loop.stage, loop.groups, loop.platform
     chunks = [wrapped.module for wrapped in loop.train_step.chunks]
     if stage.method.trunk == "mmdit":
-        painter_class = painter_of(loop.method.part_configs())
+        painter_class = painter_of(loop.train_step.method.part_configs())
         work = painter_class.work_of(stage, DataSetup({}, lambda: chat_format(stage)))
         return QueryGenerator(painter_class(chunks, stage, groups, platform, work, origin=stage.name))
     # A VLM with queries draws only with the diffusion transformer behind it.
