@@ -374,7 +374,7 @@ def test_packed_rows(alignment: int, make_chat, files) -> None:
 
 
 def test_too_long_is_left_out(make_chat, files) -> None:
-    length = len(conversation_layout(multi_turn(files), make_chat(), 3)[0])
+    length = len(conversation_layout(multi_turn(files), make_chat(), (3,))[0])
     (laid,) = laid_out(work_of(make_chat(sequence_length=length), [multi_turn(files)]))
     assert len(laid.layout) == length
     found = work_of(make_chat(sequence_length=length - 1), [multi_turn(files)]).lay_out(Draw("made", 0, 0))
