@@ -39,8 +39,10 @@ class Trunk:
 
 
 def trunk_of(stage: StageConfig) -> Trunk:
-    """The language model's decoder, or the diffusion transformer."""
-    return _backbone_trunk(stage) if stage.method.trunk == "backbone" else _mmdit_trunk(stage)
+    """The language model's decoder, the diffusion transformer, or the tokenizer."""
+    return {"backbone": _backbone_trunk, "mmdit": _mmdit_trunk, "tokenizer": _tokenizer_trunk}[stage.method.trunk](
+        stage
+    )
 
 
 def _backbone_trunk(stage: StageConfig) -> Trunk:
@@ -89,6 +91,12 @@ def _mmdit_trunk(stage: StageConfig) -> Trunk:
     )
 
 
+def _tokenizer_trunk(stage: StageConfig) -> Trunk:
+    assert stage.tokenizer is not None
+    heads = stage.tokenizer.semantic.num_heads
+    return Trunk("tokenizer", "tokenizer", 1, heads, stage.tokenizer.tensor_sharded(), {}, frozenset())
+
+
 def check_layout(stage: StageConfig, world_size: int) -> int:
     """The data parallel size of a stage on ``world_size`` ranks.
 
@@ -99,6 +107,8 @@ def check_layout(stage: StageConfig, world_size: int) -> int:
     # A diffusion transformer may have the language model beside it, on the same ranks.
     beside = stage.method.trunk == "mmdit" and bool(stage.method.query_section)
     moe = stage.model.backbone.moe if stage.method.trunk == "backbone" or beside else None
+    if stage.method.trunk == "tokenizer":
+        _check_tokenizer(stage.system)
     _check_switches(parallel, trunk, moe)
     _check_world(parallel, world_size)
     for each in [trunk, _backbone_trunk(stage)] if beside else [trunk]:
@@ -112,6 +122,16 @@ def check_layout(stage: StageConfig, world_size: int) -> int:
     if stage.system.precision.fp8 is not None:
         _check_fp8(stage, stage.system.precision.fp8, trunk)
     return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+
+def _check_tokenizer(system: SystemConfig) -> None:
+    """A picture is worked on where it is, from pixels to pixels."""
+    for axis in ("pipeline", "context"):
+        size = vars(system.parallel)[axis]
+        if size > 1:
+            raise _error(axis, f"{size}, but a tokenizer is spread by tensor and data parallel alone; set it to 1")
+    if system.precision.fp8 is not None:
+        raise ConfigError("system.precision.fp8", "set, but a tokenizer's rows fit no FP8 product; remove it")
 
 
 def _check_switches(parallel: ParallelConfig, trunk: Trunk, moe: MoEConfig | None) -> None:

@@ -10,6 +10,9 @@ from megatron_unimm.config.lora import LoraConfig
 from megatron_unimm.config.model import VisionHeadConfig
 from megatron_unimm.config.rl import FlowGrpoConfig
 
+Trunk = Literal["backbone", "mmdit", "tokenizer"]
+"""The part of a method that is spread over the whole layout."""
+
 
 class LossWeights(Section):
     """Weights of eq. 4 of ORION (the paper's CE : MSE : KL)."""
@@ -23,7 +26,7 @@ class OrionConfig(Section):
     """ORION, decoupling and alignment (papers: Hu et al., ICLR 2026)."""
 
     name: Literal["orion"] = "orion"
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
+    trunk: ClassVar[Trunk] = "backbone"
     """The part that is spread over the whole layout; every method's section says so."""
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = ""
     """The section of the stage that says what query tokens its VLM has, if any; every method's section says so."""
@@ -60,7 +63,7 @@ class OrionDecoderConfig(Section):
     Nexus-Gen's)."""
 
     name: Literal["orion_decoder"]
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    trunk: ClassVar[Trunk] = "mmdit"
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = ""
     looks_back: ClassVar[bool] = False
     connector: ConnectorConfig = ConnectorConfig()
@@ -96,7 +99,7 @@ class MMCoreConfig(Section):
     """MMCORE's first stage: a VLM that predicts visual latents (arXiv 2604.19902, section 3.1)."""
 
     name: Literal["mmcore"]
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "backbone"
+    trunk: ClassVar[Trunk] = "backbone"
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "queries"
     looks_back: ClassVar[bool] = False
     loss_weights: MMCoreLossWeights = MMCoreLossWeights()
@@ -126,7 +129,7 @@ Pathways = Literal["both", "visual", "text"]
 class MMCoreDrawing(Section):
     """What the stages of MMCORE share that train its diffusion transformer (section 3.2)."""
 
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    trunk: ClassVar[Trunk] = "mmdit"
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "queries"
     looks_back: ClassVar[bool] = True
     sampler: SamplerConfig = SamplerConfig(guidance_scale=3.0, image_guidance_scale=1.5)
@@ -197,7 +200,7 @@ class HieraQueryConfig(Section):
     frozen VLM reads, coarse to fine (papers: sections 3 and 4.2)."""
 
     name: Literal["hieraquery"]
-    trunk: ClassVar[Literal["backbone", "mmdit"]] = "mmdit"
+    trunk: ClassVar[Trunk] = "mmdit"
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "hieraquery"
     looks_back: ClassVar[bool] = True
     flow: FlowConfig = FlowConfig()
@@ -229,6 +232,60 @@ class HieraQueryConfig(Section):
         return {}
 
 
+class TokenizerLossWeights(Section):
+    """Of SPAR's tokenizer. The text gives none; those of perceptual and self-distillation are UniLIP's (arXiv
+    2507.23278)."""
+
+    l1: float = Field(default=1.0, ge=0)
+    """Of pixels in [-1, 1]."""
+    l2: float = Field(default=1.0, ge=0)
+    perceptual: float = Field(default=1.1, ge=0)
+    """Over features of the base model's vision encoder."""
+    semantic: float = Field(default=1.0, ge=0)
+    """Self-distillation: the semantic stream to the visual tokens of the encoder as it was at first, by the cosine."""
+    latent: float = Field(default=1.0, ge=0)
+    """The same of what is read out of the latents."""
+
+
+class AdversarialConfig(Section):
+    """A patch discriminator beside the tokenizer. Both learn in one step, each from its own loss alone: the
+    discriminator's hinge loss does not reach the pictures, nor the pictures' loss the discriminator. Its learning rate
+    is a rule of ``train.trainable`` for ``discriminator.*``."""
+
+    weight: float = Field(default=0.75, gt=0)
+    """RAE's (arXiv 2510.11690)."""
+    adaptive: bool = True
+    """Multiply the weight, row by row, by the ratio of the gradients that the pixel losses and this one have at the
+    decoder's last layer (VQGAN, arXiv 2012.09841, equation 7)."""
+    channels: list[int] = Field(default=[64, 128, 256], min_length=1)
+    """Of convolutions, each of which halves the picture."""
+    norm_groups: int = Field(default=8, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "AdversarialConfig":
+        wrong = [channels for channels in self.channels[1:] if channels % self.norm_groups]
+        if wrong:
+            raise ValueError(f"channels {wrong} are no multiples of norm_groups {self.norm_groups}")
+        return self
+
+
+class SparTokenizerConfig(Section):
+    """SPAR's first stage: the dual-stream tokenizer on pictures (arXiv 2606.23041)."""
+
+    name: Literal["spar_tokenizer"]
+    trunk: ClassVar[Trunk] = "tokenizer"
+    query_section: ClassVar[Literal["", "queries", "hieraquery"]] = ""
+    looks_back: ClassVar[bool] = False
+    loss_weights: TokenizerLossWeights = TokenizerLossWeights()
+    perceptual_layers: list[int] = Field(default_factory=list)
+    """Zero-based layers of the vision encoder whose outputs the perceptual loss compares, beside its visual tokens."""
+    adversarial: AdversarialConfig | None = None
+
+    def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
+        """Nothing beyond the tokenizer."""
+        return {}
+
+
 METHODS: dict[str, type[Section]] = {
     "orion": OrionConfig,
     "orion_decoder": OrionDecoderConfig,
@@ -236,6 +293,7 @@ METHODS: dict[str, type[Section]] = {
     "mmcore_diffusion": MMCoreDiffusionConfig,
     "mmcore_policy": MMCorePolicyConfig,
     "hieraquery": HieraQueryConfig,
+    "spar_tokenizer": SparTokenizerConfig,
 }
 """By name."""
 
@@ -246,6 +304,12 @@ def _orion_by_default(value: Any) -> Any:
 
 
 AnyMethod = (
-    OrionConfig | OrionDecoderConfig | MMCoreConfig | MMCoreDiffusionConfig | MMCorePolicyConfig | HieraQueryConfig
+    OrionConfig
+    | OrionDecoderConfig
+    | MMCoreConfig
+    | MMCoreDiffusionConfig
+    | MMCorePolicyConfig
+    | HieraQueryConfig
+    | SparTokenizerConfig
 )
 MethodConfig = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_orion_by_default)]

@@ -5,11 +5,12 @@ from pydantic import Field, model_validator
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import DataConfig
 from megatron_unimm.config.hieraquery import MultiScaleConfig
-from megatron_unimm.config.methods import HieraQueryConfig, MethodConfig
+from megatron_unimm.config.methods import HieraQueryConfig, MethodConfig, SparTokenizerConfig
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.parallel import SystemConfig
 from megatron_unimm.config.queries import PictureScales, QueryVlmConfig
+from megatron_unimm.config.tokenizer import TokenizerConfig
 from megatron_unimm.config.train import TrainConfig
 
 
@@ -25,6 +26,8 @@ class StageConfig(Section):
     """What makes of the language model one that predicts visual latents, for methods that do."""
     hieraquery: MultiScaleConfig | None = None
     """What makes of it one that says what to draw at several scales, for the method of that name."""
+    tokenizer: TokenizerConfig | None = None
+    """Between pictures and latents, for methods that make their own."""
     method: MethodConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -58,7 +61,21 @@ class StageConfig(Section):
             layer, count = self.method.alignment.layer, self.generator.mmdit.num_blocks
             if layer > count:
                 raise ValueError(f"method.alignment.layer is {layer}, but generator.mmdit has {count} layers")
+        if self.tokenizer is not None:
+            self.tokenizer.check(self.model.vision_encoder)
+        if isinstance(self.method, SparTokenizerConfig):
+            self._check_tokenizer(self.method)
         return self
+
+    def _check_tokenizer(self, method: SparTokenizerConfig) -> None:
+        if self.tokenizer is None:
+            raise ValueError(f"method {method.name} trains a tokenizer; give its section tokenizer ({{}} will do)")
+        caches = [name for name in ("feature_cache", "latent_cache", "condition_cache") if vars(self.data)[name]]
+        if caches:
+            raise ValueError(f"method {method.name} reads pixels; leave data.{caches[0]} empty")
+        layers, number = method.perceptual_layers, self.model.vision_encoder.num_layers
+        if layers != sorted(set(layers)) or any(not 0 <= layer < number for layer in layers):
+            raise ValueError(f"method.perceptual_layers {layers} must ascend and lie in 0..{number - 1}")
 
     @property
     def scales(self) -> PictureScales:

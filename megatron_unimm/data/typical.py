@@ -18,6 +18,7 @@ from megatron_unimm.data.chat import TEMPLATES, ChatFormat, ChatTokenizer, Token
 from megatron_unimm.data.drawing import DrawingRow, DrawingSample, DrawingWork
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import build_row, round_up
+from megatron_unimm.data.pictures import PictureRow, PictureSample, PictureWork
 from megatron_unimm.data.queries import (
     QueryRow,
     QuerySample,
@@ -166,6 +167,20 @@ def frame_row(
     if work.data.condition_cache:
         shapes |= {"words": (len(row.word_index), widths[0]), "visual": (len(row.query_index), widths[1])}
     return replace(row, **{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+
+def picture_row(
+    mix: Mapping[SampleKind, float], encoder: VisionEncoderConfig, data: DataConfig, pixels: bool = True
+) -> PictureRow:
+    """A row of pictures alone, likewise; all have the size of those that are drawn."""
+    grid = _grid(DRAWN, data.generation_size, encoder)
+
+    def make(kind: SampleKind, room: int | None) -> PictureSample:
+        grids = np.array([grid] * (SHAPES[kind].read + SHAPES[kind].drawn), dtype=np.int64)
+        cells = int(grids.prod(axis=1).sum()) // encoder.spatial_merge_size**2
+        return PictureSample(kind, kind, grids, cells, patches=_patches(grids, encoder, pixels) if pixels else None)
+
+    return PictureWork(encoder, data, {}).row(_filled(mix, data, 1, make))
 
 
 class _Wordless(ChatTokenizer):

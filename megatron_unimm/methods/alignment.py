@@ -11,4 +11,9 @@ def cosine_loss(found_qD: Tensor, target_qD: Tensor) -> Tensor:
     Args:
         target_qD: v, detached.
     """
-    return (1 - F.cosine_similarity(found_qD.float(), target_qD.detach().float(), dim=-1)).sum()
+    return cosine_distances(found_qD, target_qD).sum()
+
+
+def cosine_distances(found_nD: Tensor, target_nD: Tensor) -> Tensor:
+    """1 − cos of each, float32 ``[n]``; the target learns nothing."""
+    return 1 - F.cosine_similarity(found_nD.float(), target_nD.detach().float(), dim=-1)

@@ -17,6 +17,8 @@ from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
 from megatron_unimm.methods.orion.footprint import OrionFootprints
 from megatron_unimm.methods.orion.method import Orion
+from megatron_unimm.methods.spar.tokenizer.footprint import TokenizerFootprints
+from megatron_unimm.methods.spar.tokenizer.method import SparTokenizer
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
 
@@ -27,6 +29,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "mmcore_diffusion": MMCoreDiffusion,
     "mmcore_policy": MMCorePolicy,
     "hieraquery": HieraQuery,
+    "spar_tokenizer": SparTokenizer,
 }
 
 
@@ -42,6 +45,7 @@ FOOTPRINTS: dict[str, Footprints] = {
     "mmcore_diffusion": DiffusionFootprints(),
     "mmcore_policy": PolicyFootprints(),
     "hieraquery": HieraQueryFootprints(),
+    "spar_tokenizer": TokenizerFootprints(),
 }
 
 

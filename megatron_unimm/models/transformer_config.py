@@ -13,6 +13,7 @@ from megatron_unimm.config.mmdit import MMDiT
 from megatron_unimm.config.model import BackboneConfig, Qwen25VisionConfig, SiglipConfig, VisionEncoder
 from megatron_unimm.config.parallel import RecomputeConfig, SystemConfig
 from megatron_unimm.config.queries import CONNECTOR_HEAD_SIZE, CONNECTOR_MLP_RATIO
+from megatron_unimm.config.tokenizer import StreamLayersConfig
 from megatron_unimm.parallel.platform import Platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -136,6 +137,24 @@ def language_connector_transformer_config(
         # Never in FP8: a row may hold any number of queries.
     )
     return TransformerConfig(**fields)
+
+
+def stream_transformer_config(model: StreamLayersConfig, system: SystemConfig, platform: Platform) -> TransformerConfig:
+    """Layers over the cells of pictures: tensor and sequence parallel, whole on one pipeline stage."""
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        kv_channels=model.hidden_size // model.num_heads,
+        ffn_hidden_size=model.mlp_size,
+        layernorm_epsilon=1e-6,
+        add_bias_linear=True,
+        sequence_parallel=system.parallel.sequence,
+        **_common(system, platform),
+        **_recompute(system.recompute),
+        # Never in FP8: a row may hold any number of cells.
+    )
+    return TransformerConfig(**(fields | PLAIN_VIT))
 
 
 PLAIN_VIT: dict[str, Any] = dict(

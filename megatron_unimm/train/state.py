@@ -41,9 +41,13 @@ NEW_PARTS = (
     "scale_connector.*",
     "scale_adapters.*",
     "alignment_projector.*",
+    "tokenizer.*",
+    "discriminator.*",
     ADAPTERS,
 )
 """Parts that a base model may lack; they keep their fresh weights."""
+OF_TRAINING = ("optimizer.*", "discriminator.*")
+"""What a checkpoint may hold that served its stage alone."""
 
 
 SHARDING = "fully_reshardable"
@@ -96,7 +100,7 @@ def load_weights(
         names = {part for part, path in lacking.items() if path == other}
         load(_with_parts(state, lambda part, names=names: part in names), other, may_be_unread=("*",))
     own = _with_parts(state, lambda part: part not in lacking)
-    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=("optimizer.*", f"{CARRIED}*", *unread))
+    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=(*OF_TRAINING, f"{CARRIED}*", *unread))
 
 
 def _part_of(key: str) -> str:
@@ -148,7 +152,7 @@ def check_architecture(directory: Path, stage: StageConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: names the first field that differs, with both values.
     """
-    if stage.method.trunk == "backbone" or (stage.method.query_section and not _draws(directory)):
+    if stage.method.trunk != "mmdit" or (stage.method.query_section and not _draws(directory)):
         return _check(directory, "model", stage.model)
     assert stage.generator is not None
     return _check(directory, "generator", stage.generator)

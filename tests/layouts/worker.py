@@ -72,7 +72,17 @@ SCALES = (
     "hieraquery.scales=[[1, 2], 2]",
     "hieraquery.connector={num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, head_size: 8, mlp_size: 48}",
 )
-RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {"hieraquery": (*SMALL, *GENERATOR, *SCALES)}
+TOKENIZER = (
+    "tokenizer.latent_channels=8",
+    "tokenizer.semantic={num_layers: 1, hidden_size: 32, num_heads: 2, mlp_size: 48}",
+    "tokenizer.pixel={num_layers: 2, hidden_size: 32, num_heads: 2, mlp_size: 48, encoder_layers: [0, 1]}",
+    "tokenizer.decoder={num_layers: 2, hidden_size: 32, num_heads: 4, mlp_size: 64, channels: 8, num_blocks: 1,"
+    " norm_groups: 4}",
+)
+RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {
+    "hieraquery": (*SMALL, *GENERATOR, *SCALES),
+    "spar": (*SMALL, *TOKENIZER),
+}
 """With smaller models, of four layers."""
 
 

@@ -59,7 +59,7 @@ class Sight:
         if role.vision_encoder_trains:
             patches, grids = choose_images(row, ~row.is_target)
             if not len(grids):
-                patches, grids = _blank(model)
+                patches, grids = blank_image(model)
             trained = VisionInput.build(patches, grids, model.vision_encoder, role.device, role.dtype)
         # With a tower that trains, the frozen one serves targets and teacher, and is needed only where something is
         # generated.
@@ -151,7 +151,7 @@ def as_tensor(values: np.ndarray, role: Role) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(role.device, non_blocking=True)
 
 
-def _blank(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """One visual token's worth of zero patches."""
+def blank_image(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """One visual token's worth of zero patches, and its grid."""
     merge = model.vision_encoder.spatial_merge_size
     return np.zeros((merge**2, model.vision_encoder.patch_dim), dtype=np.float32), np.array([[1, merge, merge]])

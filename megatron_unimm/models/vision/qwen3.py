@@ -4,18 +4,16 @@ Layout: P patches of all images of a row, ``[P, 1, H]`` between the layers; V = 
 """
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_unimm.config.model import Qwen3VisionConfig
-from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.specs import block_spec, layer_spec
 from megatron_unimm.models.vision.input import PositionTable, VisionInput
 from megatron_unimm.models.vision.merger import PatchMerger
+from megatron_unimm.models.vision.tapped import TappedBlock
 
 
 class Qwen3VisionEncoder(MegatronModule):
@@ -36,11 +34,19 @@ class Qwen3VisionEncoder(MegatronModule):
 
     def forward(self, images: VisionInput) -> Tensor:
         """Features ``[V, (1 + K) out_size]`` of all images: the visual token, then its K deepstack levels."""
+        return self.tapped(images, [])[0]
+
+    def tapped(self, images: VisionInput, layers: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The same, and what the zero-based ``layers`` put out, each ``[V, merge², H]``: patches by visual token."""
         assert images.positions is not None
         hidden = self.patch_embed(images.patches) + self._position(images.positions)  # [P, H]
-        hidden, taps = self.blocks(hidden[:, None], images.context, self.model.deepstack_layers)  # [P, 1, H] each
-        levels = self.deepstack_mergers(taps)  # K x [V, out_size]
-        return torch.cat([self.merger(hidden), *levels], dim=-1)  # [V, (1 + K) out_size]
+        wanted = sorted({*self.model.deepstack_layers, *layers})
+        hidden, found = self.blocks.tapped(hidden[:, None], images.context, wanted)  # [P, 1, H] each
+        by_layer = dict(zip(wanted, found, strict=True))
+        levels = self.deepstack_mergers([by_layer[number] for number in self.model.deepstack_layers])
+        features = torch.cat([self.merger(hidden), *levels], dim=-1)  # [V, (1 + K) out_size]
+        unit = self.model.spatial_merge_size**2
+        return features, [by_layer[number].view(-1, unit, hidden.shape[-1]) for number in layers]
 
     def _position(self, table: PositionTable) -> Tensor:
         return (self.position_embed(table.index) * table.weight[..., None]).sum(1)  # [P, H]
@@ -57,28 +63,3 @@ class DeepstackMergers(MegatronModule):
     def forward(self, taps_P1H: list[Tensor]) -> list[Tensor]:
         """K layers' outputs to K levels ``[V, out_size]``."""
         return [merger(tap) for merger, tap in zip(self.children(), taps_P1H, strict=True)]
-
-
-class TappedBlock(TransformerBlock):
-    """A stack of layers that also gives out what some of them put out.
-
-    Megatron-Core's block returns its last layer's output only. This one has none of its pipeline and FP8 handling,
-    which a tower does not use.
-    """
-
-    def forward(self, hidden_P1H: Tensor, context: PackedContext, taps: list[int]) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
-        """The last layer's output, and those of the zero-based layers ``taps``; all ``[P, 1, H]``."""
-        tapped: list[Tensor] = []
-        for number, layer in enumerate(self.layers):
-            hidden_P1H = self._through(layer, hidden_P1H, context)
-            if number in taps:
-                tapped.append(hidden_P1H)
-        return hidden_P1H, tapped
-
-    def _through(self, layer: torch.nn.Module, hidden_P1H: Tensor, context: PackedContext) -> Tensor:
-        def run(hidden: Tensor) -> Tensor:
-            return layer(hidden, attention_mask=None, packed_seq_params=context)[0]
-
-        if self.config.recompute_granularity == "full" and self.training and hidden_P1H.requires_grad:
-            return tensor_parallel.checkpoint(run, False, hidden_P1H)
-        return run(hidden_P1H)

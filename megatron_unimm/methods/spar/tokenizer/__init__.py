@@ -1,0 +1,1 @@
+"""SPAR's first stage: the dual-stream tokenizer."""
