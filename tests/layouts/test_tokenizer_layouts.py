@@ -38,7 +38,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Results of one rank and of every layout, by stage."""
     root = tmp_path_factory.mktemp("tokenizer_layouts")
     write_shapes(root / "data", count=120, seed=3)
-    write_shapes(root / "wide", count=40, seed=4)
     kinds = ("understanding", "text_to_image", "editing")
     data = [f"data.sources.{kind}.path={root}/data/train/{kind}.jsonl" for kind in kinds]
     sizes = "data.generation_size={rule: buckets, sizes: [[64, 64], [96, 48]]}"

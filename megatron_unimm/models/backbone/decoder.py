@@ -19,8 +19,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_unimm.config.model import BackboneConfig
+from megatron_unimm.config.routing import RoutingConfig
 from megatron_unimm.models.attention import PackedContext
 from megatron_unimm.models.backbone.deepstack import Deepstack, DeepstackLayer
+from megatron_unimm.models.backbone.routing import LayerMixture, Mixture, RoutedLayer
 from megatron_unimm.models.specs import block_spec, layer_spec
 from megatron_unimm.models.transformer_config import whole_sequence
 
@@ -39,6 +41,7 @@ class Backbone(LanguageModule):
         pre_process: hold the embedding. post_process: hold the final norm and the output layer.
         virtual_stage: number of this model chunk on its rank under virtual pipelining.
         deepstack: the vision encoder's levels that this chunk adds and hands on; none if left out.
+        routing: a mixture of the layers' states for every token, beside the last; none if left out.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Backbone(LanguageModule):
         post_process: bool = True,
         virtual_stage: int | None = None,
         deepstack: Deepstack | None = None,
+        routing: RoutingConfig | None = None,
     ) -> None:
         super().__init__(config, pg_collection=groups)
         self.model = model
@@ -58,6 +62,9 @@ class Backbone(LanguageModule):
         self.post_process = post_process
         self.vp_stage = virtual_stage
         self.deepstack = deepstack or Deepstack()
+        self.routing = (
+            None if routing is None else LayerMixture.of(routing, model.num_layers, model.hidden_size, pre_process)
+        )
         self.share_embeddings_and_output_weights = model.tie_embeddings
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -70,7 +77,10 @@ class Backbone(LanguageModule):
             )
         num_layers = get_num_layers_to_build(config, virtual_stage, groups.pp.rank())
         first = get_transformer_layer_offset(config, virtual_stage, groups.pp.rank())
-        layers = [_layer(model, backend, first + number, self.deepstack) for number in range(num_layers)]
+        layers = [
+            _layer(model, backend, first + number, self.deepstack, number == num_layers - 1, routing, self.routing)
+            for number in range(num_layers)
+        ]
         self.decoder = TransformerBlock(
             config,
             block_spec(backend, layers),
@@ -91,6 +101,8 @@ class Backbone(LanguageModule):
                 skip_weight_param_allocation=pre_process and model.tie_embeddings,
                 tp_group=groups.tp,
             )
+        if self.routing is not None and post_process:
+            self.decoder.final_layernorm.register_forward_pre_hook(self.routing.take_off)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -116,19 +128,44 @@ class Backbone(LanguageModule):
     def forward(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
         """The layers of this stage, and the final norm on the last: ``[r, 1, H]`` to ``[t, 1, H]`` there, elsewhere to
         what the next stage takes. The rows are the hidden states and the deepstack levels that still wait for their
-        layer (``models/backbone/deepstack.py``)."""
+        layer (``models/backbone/deepstack.py``). With routing they have the mixture behind them, also what the last
+        stage gives (``models/backbone/routing.py``)."""
+        if self.routing is not None:
+            return self._routed(self.routing, rows_r1H, context)
         hidden, levels = self.deepstack.split(rows_r1H)  # [t, 1, H], [K, t, 1, H] or None
+        hidden = self._through(hidden, levels, context)  # [t, 1, H]
+        return self.deepstack.join(hidden, levels)
+
+    def _routed(self, mixture: LayerMixture, rows_r1H: Tensor, context: PackedContext) -> Tensor:
+        rows, state = mixture.split(rows_r1H, 1 + self.deepstack.num_received)
+        hidden, levels = self.deepstack.split(rows)
+        if len(self.decoder.layers):
+            carried = state if levels is None else torch.cat([levels.flatten(0, 1), state])
+            output = self._through(hidden, carried, context)
+        else:
+            output = self._through(torch.cat([hidden, state]), None, context)
+        if self.post_process:
+            return torch.cat([output, mixture.taken()])
+        return torch.cat([self.deepstack.join(output[: len(hidden)], levels), output[len(hidden) :]])
+
+    def _through(self, hidden: Tensor, carried: Tensor | None, context: PackedContext) -> Tensor:
         # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input
         # up first.
         self.decoder.input_tensor = hidden
-        hidden = self.decoder(
+        return self.decoder(
             hidden,
             attention_mask=None,
-            context=levels,
+            context=carried,
             packed_seq_params=context,
             padding_mask=self._modality(context),
-        )  # [t, 1, H]
-        return self.deepstack.join(hidden, levels)
+        )
+
+    def mixture(self, rows_r1H: Tensor) -> tuple[Tensor, Mixture]:
+        """Of the last stage's rows: the last hidden states ``[t, 1, H]``, and with routing what is mixed."""
+        assert self.routing is not None
+        state_follows = LayerMixture(self.routing.layers, self.routing.hidden_size, self.routing.top_k, first=False)
+        hidden, state = state_follows.split(rows_r1H, 1)
+        return hidden, self.routing.result(state, len(hidden))
 
     def _modality(self, context: PackedContext) -> Tensor | None:
         """Of the tokens that this rank has between the layers: bool ``[gates, t]``, where routers ask for it."""
@@ -143,7 +180,10 @@ class Backbone(LanguageModule):
 
     def skip(self, rows_r1H: Tensor) -> Tensor:
         """What :meth:`forward` gives, without the layers."""
-        return self.deepstack.join(*self.deepstack.split(rows_r1H))
+        if self.routing is None:
+            return self.deepstack.join(*self.deepstack.split(rows_r1H))
+        rows, state = self.routing.split(rows_r1H, 1 + self.deepstack.num_received)
+        return torch.cat([self.deepstack.join(*self.deepstack.split(rows)), state])
 
     def logits(self, hidden_nH: Tensor) -> Tensor:
         """Vocabulary logits of chosen positions: ``[n, H]`` to ``[n, vocab / tensor]``, each rank its part of the
@@ -163,13 +203,33 @@ class Backbone(LanguageModule):
         return (squares.sqrt() + NORM_EPSILON).to(weight_VH.dtype)
 
 
-def _layer(model: BackboneConfig, backend: str, number: int, deepstack: Deepstack) -> ModuleSpec:
+def _layer(
+    model: BackboneConfig,
+    backend: str,
+    number: int,
+    deepstack: Deepstack,
+    last_of_chunk: bool,
+    routing: RoutingConfig | None,
+    mixture: LayerMixture | None,
+) -> ModuleSpec:
     """Layer ``number`` (0 first), dense or a mixture of experts."""
     moe = model.moe if model.moe is not None and model.moe.in_layer(number) else None
     experts, gates = (None, []) if moe is None else (moe.num_experts, moe.gates)
     spec = layer_spec(backend, causal=True, qk_norm=model.qk_norm, num_experts=experts, gates=gates)
-    if number < deepstack.num_levels:
-        spec.module, spec.params = DeepstackLayer, {"level": deepstack.place(number)}
+    level = deepstack.place(number) if number < deepstack.num_levels else None
+    if routing is not None and mixture is not None:
+        place = mixture.layers.index(number) if number in mixture.layers else None
+        spec.module = RoutedLayer
+        spec.params = {
+            "mixture": mixture,
+            "routing": routing,
+            "place": place,
+            "level": level,
+            "num_levels": deepstack.num_received,
+            "hands_on": last_of_chunk,
+        }
+    elif level is not None:
+        spec.module, spec.params = DeepstackLayer, {"level": level}
     return spec
 
 
