@@ -269,6 +269,21 @@ class AdversarialConfig(Section):
         return self
 
 
+class SparAlignmentLossWeights(MMCoreLossWeights):
+    """Of SPAR's alignment; the text gives none."""
+
+    balance: float = Field(default=0.01, ge=0)
+    """Of the routers' choices, see ``models/backbone/routing.py``."""
+
+
+class SparAlignmentConfig(MMCoreConfig):
+    """SPAR's alignment: the language model's layers, mixed for each query by Dynamic Token Routing (the stage's section
+    routing; the last layer without it), say what the vision encoder sees (arXiv 2606.23041)."""
+
+    name: Literal["spar_alignment"]  # type: ignore[assignment]
+    loss_weights: SparAlignmentLossWeights = SparAlignmentLossWeights()
+
+
 class SparTokenizerConfig(Section):
     """SPAR's first stage: the dual-stream tokenizer on pictures (arXiv 2606.23041)."""
 
@@ -294,6 +309,7 @@ METHODS: dict[str, type[Section]] = {
     "mmcore_policy": MMCorePolicyConfig,
     "hieraquery": HieraQueryConfig,
     "spar_tokenizer": SparTokenizerConfig,
+    "spar_alignment": SparAlignmentConfig,
 }
 """By name."""
 
@@ -311,5 +327,6 @@ AnyMethod = (
     | MMCorePolicyConfig
     | HieraQueryConfig
     | SparTokenizerConfig
+    | SparAlignmentConfig
 )
 MethodConfig = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_orion_by_default)]

@@ -5,11 +5,12 @@ from pydantic import Field, model_validator
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import DataConfig
 from megatron_unimm.config.hieraquery import MultiScaleConfig
-from megatron_unimm.config.methods import HieraQueryConfig, MethodConfig, SparTokenizerConfig
+from megatron_unimm.config.methods import HieraQueryConfig, MethodConfig, SparAlignmentConfig, SparTokenizerConfig
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.parallel import SystemConfig
 from megatron_unimm.config.queries import PictureScales, QueryVlmConfig
+from megatron_unimm.config.routing import RoutingConfig
 from megatron_unimm.config.tokenizer import TokenizerConfig
 from megatron_unimm.config.train import TrainConfig
 
@@ -28,6 +29,8 @@ class StageConfig(Section):
     """What makes of it one that says what to draw at several scales, for the method of that name."""
     tokenizer: TokenizerConfig | None = None
     """Between pictures and latents, for methods that make their own."""
+    routing: RoutingConfig | None = None
+    """Mixes the language model's layers for every token, for methods that read the mixture; null for the last layer."""
     method: MethodConfig
     data: DataConfig = DataConfig()
     train: TrainConfig
@@ -63,6 +66,10 @@ class StageConfig(Section):
                 raise ValueError(f"method.alignment.layer is {layer}, but generator.mmdit has {count} layers")
         if self.tokenizer is not None:
             self.tokenizer.check(self.model.vision_encoder)
+        if self.routing is not None:
+            if not isinstance(self.method, SparAlignmentConfig):
+                raise ValueError(f"routing is set, but method {self.method.name} reads the last layer; set it to null")
+            self.routing.mixed(self.model.backbone.num_layers)
         if isinstance(self.method, SparTokenizerConfig):
             self._check_tokenizer(self.method)
         return self

@@ -106,6 +106,14 @@ class LooksAtPictures(Protocol):
 
 
 @runtime_checkable
+class ShowsRouting(Protocol):
+    """A model chunk that lets monitoring see which layers its tokens take."""
+
+    routing_observer: Callable[[Tensor], None] | None
+    """Where it is set, each forward pass hands it weights ``[tokens, layers]`` of this rank's tokens."""
+
+
+@runtime_checkable
 class LearnsFromRewards(Protocol):
     """A method whose loader gives prompts, and whose training rows are made of what the model draws of them."""
 

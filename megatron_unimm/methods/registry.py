@@ -17,6 +17,8 @@ from megatron_unimm.methods.orion.decoder.footprint import DecoderFootprints
 from megatron_unimm.methods.orion.decoder.method import OrionDecoder
 from megatron_unimm.methods.orion.footprint import OrionFootprints
 from megatron_unimm.methods.orion.method import Orion
+from megatron_unimm.methods.spar.alignment.footprint import AlignmentFootprints
+from megatron_unimm.methods.spar.alignment.method import SparAlignment
 from megatron_unimm.methods.spar.tokenizer.footprint import TokenizerFootprints
 from megatron_unimm.methods.spar.tokenizer.method import SparTokenizer
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -30,6 +32,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "mmcore_policy": MMCorePolicy,
     "hieraquery": HieraQuery,
     "spar_tokenizer": SparTokenizer,
+    "spar_alignment": SparAlignment,
 }
 
 
@@ -46,6 +49,7 @@ FOOTPRINTS: dict[str, Footprints] = {
     "mmcore_policy": PolicyFootprints(),
     "hieraquery": HieraQueryFootprints(),
     "spar_tokenizer": TokenizerFootprints(),
+    "spar_alignment": AlignmentFootprints(),
 }
 
 

@@ -43,6 +43,7 @@ NEW_PARTS = (
     "alignment_projector.*",
     "tokenizer.*",
     "discriminator.*",
+    "*.layer_router.*",
     ADAPTERS,
 )
 """Parts that a base model may lack; they keep their fresh weights."""

@@ -81,7 +81,7 @@ TOKENIZER = (
 )
 RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {
     "hieraquery": (*SMALL, *GENERATOR, *SCALES),
-    "spar": (*SMALL, *TOKENIZER),
+    "spar": (*SMALL, *TOKENIZER, "queries.num_queries=4"),
 }
 """With smaller models, of four layers."""
 

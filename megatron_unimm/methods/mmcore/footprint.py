@@ -85,11 +85,11 @@ class MMCoreFootprints:
         return place.first, place.last, tuple(layer_kinds(stage, place.layers, vlm_of(stage).lora).items())
 
     def chunk(self, stage: StageConfig, spread: Spread, place: ChunkPlace, row: QueryRow) -> ChunkFootprint:
-        teacher = _teacher(stage, place)
+        teacher = teacher_of(stage, place)
         return QueryChunk(stage, spread, place, QueryLoad.of_row(row, stage), teacher).footprint()
 
 
-def _teacher(stage: StageConfig, place: ChunkPlace) -> SiglipConfig | VisionEncoder | None:
+def teacher_of(stage: StageConfig, place: ChunkPlace) -> SiglipConfig | VisionEncoder | None:
     """Where it is not the student's own vision encoder."""
     teacher = vlm_of(stage).teacher
     if isinstance(teacher, SiglipTeacher):

@@ -96,13 +96,13 @@ class MMCoreVlm(QueryVlm):
 
     # -- last stage
 
-    def _losses(self, hidden_t1H: Tensor, batch: MMCoreBatch) -> Tensor:
+    def _losses(self, rows_r1H: Tensor, batch: MMCoreBatch) -> Tensor:
         """Eq. 1 and the cross entropy, the sums over this rank's positions."""
         assert batch.words is not None
         assert batch.alignment is not None
-        hidden = self.backbone.gather(hidden_t1H)[:, 0]  # [T / context, H]
+        hidden, for_latents = self.states(rows_r1H)  # [T / context, H]
         llm = self.text_loss(hidden, batch.words)
-        latents = self.visual_latents(hidden, batch.queries)  # [q, D]
+        latents = self.visual_latents(for_latents, batch.queries)  # [q, D]
         if not batch.alignment.sizes:
             # The connector takes part with nothing, so that its gradients are there on every rank.
             nothing = self.query_connector(hidden[:1], batch.queries.index.new_zeros(1), self.vlm.num_queries)
@@ -112,6 +112,12 @@ class MMCoreVlm(QueryVlm):
         rows = batch.queries.rows.index_select(0, chosen)
         vis = cosine_loss(latents.index_select(0, chosen), wanted.index_select(0, rows))
         return losses.stack_terms(llm, vis)
+
+    def states(self, rows_r1H: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the tokens of this context rank, ``[T / context, H]`` each: what words are read off, and visual
+        latents."""
+        hidden = self.backbone.gather(rows_r1H)[:, 0]
+        return hidden, hidden
 
     def visual_latents(self, hidden_tH: Tensor, queries: Queries) -> Tensor:
         """F_θ(Q_i), ``[q, D]``, of this context rank's queries."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from megatron_unimm.config.recipe import StageConfig
+from megatron_unimm.models.backbone.routing import ROUTER_MARK
 from megatron_unimm.models.flops import vision_work
 from megatron_unimm.models.trainable import is_frozen
 
@@ -11,13 +12,14 @@ ADAPTER_MARK = "lora_"
 
 
 def backbone_trains(stage: StageConfig, prefix: str = "") -> bool:
-    """Whether its own weights do; adapters are others.
+    """Whether its own weights do; adapters and routers of layers are others.
 
     Args:
         prefix: before the names of the VLM's parameters.
     """
+    marks = ADAPTER_MARK, ROUTER_MARK
     return not is_frozen(
-        f"{prefix}backbone", [rule for rule in stage.train.trainable if ADAPTER_MARK not in rule.pattern]
+        f"{prefix}backbone", [rule for rule in stage.train.trainable if not any(mark in rule.pattern for mark in marks)]
     )
 
 

@@ -2,11 +2,18 @@
 
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.models.backbone.deepstack import travelling_levels
+from megatron_unimm.models.backbone.routing import LayerMixture
 
 
 def travelling_rows(stage: StageConfig) -> int:
-    """Hidden states of a row between pipeline stages, and deepstack levels under them."""
-    return stage.data.sequence_length * (1 + travelling_levels(stage.model, stage.system.parallel))
+    """Hidden states of a row between pipeline stages, deepstack levels under them, and what is mixed of layers."""
+    parallel, backbone = stage.system.parallel, stage.model.backbone
+    rows = stage.data.sequence_length * (1 + travelling_levels(stage.model, parallel))
+    if stage.routing is None:
+        return rows
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    mixture = LayerMixture.of(stage.routing, backbone.num_layers, backbone.hidden_size, first=False)
+    return rows + shards * mixture.num_rows(stage.data.sequence_length // shards)
 
 
 def alignment(stage: StageConfig) -> int:

@@ -93,6 +93,7 @@ class VlmModel(StageModel):
             self.post_process,
             self.vp_stage,
             Deepstack(num_levels, num_travelling, self.pre_process, self.post_process),
+            self.stage.routing,
         )
 
     def role(self) -> Role:
@@ -171,7 +172,8 @@ class VlmModel(StageModel):
     # -- every stage
 
     def student(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
-        """Through this stage's layers: what the next stage takes, or the last hidden states ``[t, 1, H]``."""
+        """Through this stage's layers: what the next stage takes, or the last hidden states ``[t, 1, H]``, with what is
+        mixed of layers behind them where there is routing."""
         if self.frozen.up_to_layers:
             with torch.no_grad():
                 return self.backbone(rows_r1H.detach(), context)
@@ -216,7 +218,7 @@ class VlmModel(StageModel):
 
     def advance(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
         """Through this stage's layers."""
-        return self.backbone(rows_r1H, context)
+        return self.backbone.unmixed(rows_r1H, context)
 
     def text_logits(self, hidden_nH: Tensor) -> Tensor:
         """``[n, vocab / tensor]`` (last stage)."""

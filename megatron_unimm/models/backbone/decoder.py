@@ -160,6 +160,16 @@ class Backbone(LanguageModule):
             padding_mask=self._modality(context),
         )
 
+    def unmixed(self, rows_r1H: Tensor, context: PackedContext) -> Tensor:
+        """As :meth:`forward` without routing: hidden states and levels alone, between stages too."""
+        mixture = self.routing
+        if mixture is None:
+            return self(rows_r1H, context)
+        nothing = mixture.num_rows(len(rows_r1H) // (1 + self.deepstack.num_received))
+        state = rows_r1H.new_zeros(0 if mixture.first else nothing, *rows_r1H.shape[1:])
+        output = self(torch.cat([rows_r1H, state]), context)
+        return output[: len(output) - nothing]
+
     def mixture(self, rows_r1H: Tensor) -> tuple[Tensor, Mixture]:
         """Of the last stage's rows: the last hidden states ``[t, 1, H]``, and with routing what is mixed."""
         assert self.routing is not None

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from megatron_unimm.config.routing import RoutingConfig
 
 EPSILON = 1e-6
+ROUTER_MARK = "layer_router."
+"""In the names of a router's parameters."""
 
 
 class Mixture(NamedTuple):

@@ -16,6 +16,7 @@ from megatron_unimm.generate.png import picture_grid
 from megatron_unimm.train.callbacks.base import Callback
 from megatron_unimm.train.callbacks.markdown import code_block
 from megatron_unimm.train.callbacks.picture_samples import PictureSamples
+from megatron_unimm.train.callbacks.routing_maps import RoutingMaps
 from megatron_unimm.train.callbacks.text_samples import TextSamples
 from megatron_unimm.train.goodput import Ledger
 from megatron_unimm.train.loop import Loop
@@ -39,12 +40,15 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
         shows_text = stage.method.trunk == "backbone"
         self._samples = TextSamples(stage.train.logging.text_every_steps) if shows_text else None
+        self._routing = RoutingMaps(stage.train.logging.text_every_steps) if stage.routing is not None else None
         self._pictures = PictureSamples(stage)
         self._requested = requested_shares(stage)
 
     def on_start(self, loop: Loop) -> None:
         if self._samples is not None:
             self._samples.start(loop)
+        if self._routing is not None:
+            self._routing.start(loop)
         if dist.get_rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -62,6 +66,9 @@ class TensorBoard(Callback):
         text = self._samples.after_step(loop, batch) if self._samples is not None else None
         if self._writer is not None and text is not None:
             self._writer.add_text("samples", text, loop.step)
+        routing = self._routing.after_step(loop) if self._routing is not None else None
+        if self._writer is not None and routing is not None:
+            self._writer.add_image("routing", routing, loop.step, dataformats="HWC")
         if self._pictures.is_due(loop):
             grid = self._pictures.draw(loop)
             if self._writer is not None:
