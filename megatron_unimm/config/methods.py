@@ -95,10 +95,9 @@ class MMCoreLossWeights(Section):
     """λ_a."""
 
 
-class MMCoreConfig(Section):
-    """MMCORE's first stage: a VLM that predicts visual latents (arXiv 2604.19902, section 3.1)."""
+class VisualLatentsConfig(Section):
+    """A VLM that predicts visual latents (MMCORE, arXiv 2604.19902, section 3.1)."""
 
-    name: Literal["mmcore"]
     trunk: ClassVar[Trunk] = "backbone"
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "queries"
     looks_back: ClassVar[bool] = False
@@ -107,6 +106,12 @@ class MMCoreConfig(Section):
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
         """Nothing beyond the backbone and the connector of the queries."""
         return {}
+
+
+class MMCoreConfig(VisualLatentsConfig):
+    """MMCORE's first stage."""
+
+    name: Literal["mmcore"]
 
 
 class DropoutSchedule(Section):
@@ -269,19 +274,13 @@ class AdversarialConfig(Section):
         return self
 
 
-class SparAlignmentLossWeights(MMCoreLossWeights):
-    """Of SPAR's alignment; the text gives none."""
-
-    balance: float = Field(default=0.01, ge=0)
-    """Of the routers' choices, see ``models/backbone/routing.py``."""
-
-
-class SparAlignmentConfig(MMCoreConfig):
+class SparAlignmentConfig(VisualLatentsConfig):
     """SPAR's alignment: the language model's layers, mixed for each query by Dynamic Token Routing (the stage's section
     routing; the last layer without it), say what the vision encoder sees (arXiv 2606.23041)."""
 
-    name: Literal["spar_alignment"]  # type: ignore[assignment]
-    loss_weights: SparAlignmentLossWeights = SparAlignmentLossWeights()
+    name: Literal["spar_alignment"]
+    balance_weight: float = Field(default=0.01, ge=0)
+    """Of the routers' choices, see ``models/backbone/routing.py``; the text gives none."""
 
 
 class SparTokenizerConfig(Section):

@@ -13,10 +13,10 @@ from megatron_unimm.data.shapes import write_shapes
 
 TP2, PP2, CP2 = (f"system.parallel.{axis}=2" for axis in ("tensor", "pipeline", "context"))
 RECOMPUTE = "system.recompute={granularity: full, num_layers: 1}"
-WEIGHTS = "method.loss_weights={llm: 1.0, vis: 1.0, balance: 0.5}"
+BALANCE = "method.balance_weight=0.5"
 MODELS = {
-    "all": ("routing={top_k: 2}", WEIGHTS, "train.trainable=[{pattern: '*'}]"),
-    "routers": ("routing={layers: [0, 2, 3], temperature: 0.5}", "method.loss_weights.balance=0.5"),
+    "all": ("routing={top_k: 2}", BALANCE, "method.loss_weights.llm=1", "train.trainable=[{pattern: '*'}]"),
+    "routers": ("routing={layers: [0, 2, 3], temperature: 0.5}", BALANCE),
     "last": ("routing=null", "train.trainable=[{pattern: 'query_*'}, {pattern: '*', train: false}]"),
 }
 LAYOUTS = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_unimm.config.methods import MMCoreConfig
+from megatron_unimm.config.methods import VisualLatentsConfig
 from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow, QuerySample, QueryWork
@@ -32,7 +32,7 @@ class MMCore:
     weights: tuple[float, ...]
 
     def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
-        assert isinstance(stage.method, MMCoreConfig)
+        assert isinstance(stage.method, VisualLatentsConfig)
         assert stage.queries is not None
         self.stage = stage
         self.vlm = stage.queries

@@ -102,6 +102,7 @@ class Backbone(LanguageModule):
                 tp_group=groups.tp,
             )
         if self.routing is not None and post_process:
+            assert isinstance(self.decoder.final_layernorm, torch.nn.Module)
             self.decoder.final_layernorm.register_forward_pre_hook(self.routing.take_off)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()

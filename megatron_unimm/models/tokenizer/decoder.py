@@ -33,10 +33,10 @@ class PixelDecoder(MegatronModule):
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
-        self.half = cell_pixels // 2
+        self.half_side = cell_pixels // 2
         self.entry = nn.Linear(latent_channels, model.hidden_size)
         self.layers = GridLayers(config, backend, groups)
-        self.places = nn.Linear(model.hidden_size, model.channels * self.half**2)
+        self.places = nn.Linear(model.hidden_size, model.channels * self.half_side**2)
         blocks = [ResidualBlock(model.channels, model.norm_groups) for _ in range(model.num_blocks)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.GroupNorm(model.norm_groups, model.channels)
@@ -45,8 +45,8 @@ class PixelDecoder(MegatronModule):
     def forward(self, latents_VC: Tensor, grids: CellGrids) -> Tensor:
         places = self.places(self.layers(self.entry(latents_VC), grids))  # [V, c (s / 2)²]
         cells = {
-            size: to_patches(self._drawn(pictures), 2 * self.half)
-            for size, pictures in grids.pictures(places, self.half).items()
+            size: to_patches(self._drawn(pictures), 2 * self.half_side)
+            for size, pictures in grids.pictures(places, self.half_side).items()
         }
         return grids.cells(cells)
 

@@ -21,7 +21,7 @@ class SparAlignment(MMCore):
     def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
         super().__init__(stage, platform, groups)
         assert isinstance(stage.method, SparAlignmentConfig)
-        self.weights = (*self.weights, stage.method.loss_weights.balance)
+        self.weights = (*self.weights, stage.method.balance_weight)
 
     def build(self, virtual_stage: int, with_base: bool = True) -> SparVlm:
         return SparVlm(self.stage, self.vlm, self.platform, self.groups, self.frozen, virtual_stage, with_base)
