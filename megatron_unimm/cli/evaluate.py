@@ -21,7 +21,8 @@ Suites:
   shapes_sessions   two edits in a conversation, with and without its history, and choices among many pictures
   shapes_qa         exact match of answers about held-out scenes
   shapes_retrieval  generated visual tokens of held-out captions against 64 pictures
-  geneval_images    images for GenEval, and its scores from a detector's boxes"""
+  geneval_images    images for GenEval, and its scores from a detector's boxes
+  reconstruction    pictures that a tokenizer draws again, and what its streams tell apart"""
 )
 @model
 @click.option("--suite", required=True, metavar="NAME", help="What to score, see below.")

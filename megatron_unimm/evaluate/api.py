@@ -14,6 +14,7 @@ from megatron_unimm.evaluate.suite import SHEET_COLUMNS, Suite, SuiteFiles, Suit
 from megatron_unimm.evaluate.suites import suite_of
 from megatron_unimm.generate.api import find_language_model
 from megatron_unimm.generate.load import load_generator
+from megatron_unimm.generate.picture_tokenizer import PictureTokenizer
 from megatron_unimm.generate.png import picture_grid, write_png
 
 
@@ -64,6 +65,8 @@ def evaluate(
         if to is not None:
             _write(report, (), to)
         return report
+    if chosen.of_tokenizers:
+        return _evaluate_tokenizer(chosen, samples, model_dir, to, tensor, base)
     with load_generator(
         model_dir,
         tensor=tensor,
@@ -82,6 +85,18 @@ def evaluate(
         result = chosen.run(generator, samples)
         report = _report(chosen, Path(generator.origin), result, started)
         if to is not None and generator.is_main:
+            _write(report, result.pictures, to)
+    return report
+
+
+def _evaluate_tokenizer(
+    suite: Suite, samples: Any, model_dir: Path, to: Path | None, tensor: int, base: Path | None
+) -> dict[str, Any]:
+    with PictureTokenizer.open(model_dir, tensor, base) as tokenizer:
+        started = time.perf_counter()
+        result = suite.run(tokenizer, samples)
+        report = _report(suite, Path(tokenizer.origin), result, started)
+        if to is not None and tokenizer.is_main:
             _write(report, result.pictures, to)
     return report
 

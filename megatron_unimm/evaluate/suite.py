@@ -54,10 +54,13 @@ class Suite:
     load: Callable[[Path | None, int], Any]
     """Its samples: from the files of ``unimm data shapes`` in a folder or, without one, made on the spot. Raises
     DataError."""
-    run: Callable[[Generator, Any], SuiteResult]
-    """Scores the model on samples; called on all ranks, returns the same on all."""
+    run: Callable[[Any, Any], SuiteResult]
+    """Scores the model (a ``Generator``, or what ``of_tokenizers`` says) on samples; called on all ranks, returns the
+    same on all."""
     needs_pixels: bool = False
     """Whether an image decoder must make pictures of what the model draws."""
+    of_tokenizers: bool = False
+    """Whether it scores a ``PictureTokenizer``."""
     with_files: Callable[[Any, SuiteFiles], Any] | None = None
     """The samples with the places of files, for a suite that writes images; it runs only from the command line."""
     score_files: Callable[[Any], SuiteResult] | None = None

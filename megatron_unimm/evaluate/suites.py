@@ -2,12 +2,26 @@
 
 from megatron_unimm.config.wording import suggest_or_list
 from megatron_unimm.errors import ConfigError
-from megatron_unimm.evaluate import geneval_images, shapes, shapes_qa, shapes_retrieval, shapes_sessions
+from megatron_unimm.evaluate import (
+    geneval_images,
+    reconstruction,
+    shapes,
+    shapes_qa,
+    shapes_retrieval,
+    shapes_sessions,
+)
 from megatron_unimm.evaluate.suite import Suite
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
-    for suite in (shapes.SUITE, shapes_sessions.SUITE, shapes_qa.SUITE, shapes_retrieval.SUITE, geneval_images.SUITE)
+    for suite in (
+        shapes.SUITE,
+        shapes_sessions.SUITE,
+        shapes_qa.SUITE,
+        shapes_retrieval.SUITE,
+        geneval_images.SUITE,
+        reconstruction.SUITE,
+    )
 }
 
 

@@ -13,11 +13,16 @@ from megatron_unimm.data.shapes import write_shapes
 
 TP2, PP2, CP2 = (f"system.parallel.{axis}=2" for axis in ("tensor", "pipeline", "context"))
 RECOMPUTE = "system.recompute={granularity: full, num_layers: 1}"
-BALANCE = "method.balance_weight=0.5"
+BALANCE = "stages.alignment.method.balance_weight=0.5"
 MODELS = {
-    "all": ("routing={top_k: 2}", BALANCE, "method.loss_weights.llm=1", "train.trainable=[{pattern: '*'}]"),
-    "routers": ("routing={layers: [0, 2, 3], temperature: 0.5}", BALANCE),
-    "last": ("routing=null", "train.trainable=[{pattern: 'query_*'}, {pattern: '*', train: false}]"),
+    "all": (
+        "stages.alignment.routing={top_k: 2}",
+        BALANCE,
+        "stages.alignment.method.loss_weights.llm=1",
+        "train.trainable=[{pattern: '*'}]",
+    ),
+    "routers": ("stages.alignment.routing={layers: [0, 2, 3], temperature: 0.5}", BALANCE),
+    "last": ("stages.alignment.routing=null", "train.trainable=[{pattern: 'query_*'}, {pattern: '*', train: false}]"),
 }
 LAYOUTS = [
     Layout("tp2_sp", 2, (TP2, SP), "all"),

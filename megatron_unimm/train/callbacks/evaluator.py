@@ -47,6 +47,10 @@ class Evaluator(Callback):
         self.samples = {suite.name: suite.load(data, self.settings.num_samples) for suite in self.suites}
         self._done_at = 0
         self.painter: Painter | None = None
+        apart = [suite.name for suite in self.suites if suite.of_tokenizers]
+        if apart:
+            what = f"{apart[0]} scores a tokenizer's checkpoint, not a training; take `unimm evaluate`"
+            raise ConfigError("train.evaluation.suites", what)
         painting = [suite.name for suite in self.suites if suite.needs_pixels]
         self.draws_itself = stage.method.trunk == "mmdit"
         if painting and not (self.draws_itself or stage.train.logging.decoder):
