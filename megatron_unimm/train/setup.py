@@ -86,7 +86,9 @@ def fill(chunks: list[StageModel], stage: StageConfig, method: Method, start: St
     load_base(chunks, parts, groups)
     if not start.resume:
         check_architecture(start.directory, stage)
-        load_weights(chunks, start.directory, groups, method.model_parts())
+        # A tokenizer begins with the vision encoder of a base model alone.
+        unread = ("backbone.*",) if stage.method.trunk == "tokenizer" else ()
+        load_weights(chunks, start.directory, groups, method.model_parts(), unread)
 
 
 def chat_format(stage: StageConfig) -> ChatFormat:

@@ -108,7 +108,8 @@ class RoutedModel(StageModel):
         if self.dense:
             mixed, logits = self._mixed_densely()
         losses = [(found[:, 0] * each[local]).sum() for found, each in ((hidden, wanted[0]), (mixed, wanted[1]))]
-        balance = balance_loss(logits[:, 0], self.routing.top_k, self.groups.collection.cp)
+        sample = torch.bucketize(local, torch.from_numpy(BOUNDS[1:-1]), right=True)
+        balance = balance_loss(logits[:, 0], sample, 2, self.routing.top_k, self.groups.collection.cp)
         return torch.stack([*losses, balance])
 
     def _mixed_densely(self) -> tuple[Tensor, Tensor]:
@@ -146,7 +147,7 @@ class Toy:
         return self.rows
 
     def counts(self, rows: list[Row]) -> list[int]:
-        return [NUM_TOKENS * len(rows)] * 2 + [len(rows)]
+        return [NUM_TOKENS * len(rows)] * 2 + [2 * len(rows)]
 
     def batch(self, row: Row, model: Any, device: torch.device) -> Row:
         return row

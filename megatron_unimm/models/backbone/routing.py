@@ -229,20 +229,29 @@ def routing_weights(logits_nL: Tensor, top_k: int | None) -> Tensor:
     return wide.softmax(1)
 
 
-def balance_loss(logits_nL: Tensor, top_k: int | None, context_group: torch.distributed.ProcessGroup) -> Tensor:
-    """L Σ_l f_l P_l over the tokens of a row, wherever they are: f the share of choices that fell on layer l (with the
-    softmax over all: P itself), P the mean probability; 1 where all layers are used alike, L where one is (Switch,
-    arXiv 2101.03961, eq. 4). This rank's part of it; the parts of all context ranks add up to it.
+def balance_loss(
+    logits_nL: Tensor,
+    sample_n: Tensor,
+    num_samples: int,
+    top_k: int | None,
+    context_group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """Σ over samples of L Σ_l f_l P_l over the tokens of each, wherever they are: f the share of choices that fell on
+    layer l (with the softmax over all: P itself), P the mean probability; 1 where all layers are used alike, L where
+    one is (Switch, arXiv 2101.03961, eq. 4; within a sample, as DeepSeek-V3, arXiv 2412.19437, eq. 17, so that it does
+    not depend on which samples share a row). This rank's part of it; the parts of all context ranks add up to it.
 
     Args:
         logits_nL: of this context rank's tokens, perhaps none.
+        sample_n: int64: which sample each is of.
     """
     probabilities = logits_nL.float().softmax(1)
     chosen = probabilities if top_k is None else routing_weights(logits_nL, top_k).detach().sign() / top_k
-    count = logits_nL.new_full((1, logits_nL.shape[1]), float(len(logits_nL)), dtype=torch.float32)
-    sums = torch.cat([probabilities.sum(0, keepdim=True), chosen.sum(0, keepdim=True), count])  # [3, L]
+    values = torch.cat([probabilities, chosen, torch.ones_like(probabilities)], dim=1)  # [n, 3 L]
+    sums = values.new_zeros(num_samples, values.shape[1]).index_add(0, sample_n, values)
     if context_group.size() > 1:
         sums = reduce_from_tensor_model_parallel_region(sums, group=context_group)
         sums = copy_to_tensor_model_parallel_region(sums, group=context_group)
-    mean, share = sums[0] / sums[2].clamp(min=1), sums[1] / sums[2].clamp(min=1)
-    return logits_nL.shape[1] * (mean * share).sum() / context_group.size()
+    mean, share, count = sums.chunk(3, dim=1)
+    products = mean * share / count.clamp(min=1).square()
+    return logits_nL.shape[1] * products.sum() / context_group.size()

@@ -27,8 +27,8 @@ class SparAlignment(MMCore):
         return SparVlm(self.stage, self.vlm, self.platform, self.groups, self.frozen, virtual_stage, with_base)
 
     def counts(self, rows: Sequence[QueryRow]) -> list[int]:
-        """And rows that have queries."""
-        return [*super().counts(rows), len([row for row in rows if len(row.query_index)])]
+        """And pictures, for the balance of their queries."""
+        return [*super().counts(rows), sum(len(row.query_index) for row in rows) // self.vlm.num_queries]
 
     def part_configs(self) -> dict[str, Any]:
         """And how layers are mixed."""

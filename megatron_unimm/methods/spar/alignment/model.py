@@ -31,7 +31,7 @@ class SparVlm(MMCoreVlm):
         return self.backbone.gather(hidden)[:, 0], self.backbone.gather(mixture.mixed[:, None])[:, 0]
 
     def _losses(self, rows_r1H: Tensor, batch: MMCoreBatch) -> Tensor:
-        """And the balance of the routers over the row's queries, float32 ``[3]``."""
+        """And the balance of the routers over the queries of each picture, float32 ``[3]``."""
         found = super()._losses(rows_r1H, batch)
         routing = self.stage.routing
         if routing is None:
@@ -40,5 +40,8 @@ class SparVlm(MMCoreVlm):
         chosen = logits.index_select(0, batch.queries.local_index)  # [q, L]
         if self.routing_observer is not None:
             self.routing_observer(routing_weights(chosen.detach(), routing.top_k))
-        balance = balance_loss(chosen, routing.top_k, self.groups.collection.cp)
+        queries, each = batch.queries, self.vlm.num_queries
+        balance = balance_loss(
+            chosen, queries.rows // each, len(queries.index) // each, routing.top_k, self.groups.collection.cp
+        )
         return torch.cat([found, balance[None]])
