@@ -10,22 +10,32 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from megatron_unimm.checkpoint.store import save
 from megatron_unimm.config.layout import check_layout
-from megatron_unimm.config.load import load_recipe
+from megatron_unimm.config.load import load_recipe, select_stage
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.pictures import PictureRow, PictureSample, PictureWork
+from megatron_unimm.data.shapes import write_shapes
 from megatron_unimm.errors import ConfigError
+from megatron_unimm.evaluate.api import evaluate
+from megatron_unimm.generate.picture_tokenizer import PictureTokenizer
+from megatron_unimm.methods.footprint import ChunkPlace
 from megatron_unimm.methods.spar.tokenizer import losses
+from megatron_unimm.methods.spar.tokenizer.footprint import TokenizerFootprints
 from megatron_unimm.methods.spar.tokenizer.losses import TERMS
 from megatron_unimm.methods.spar.tokenizer.method import SparTokenizer
 from megatron_unimm.methods.spar.tokenizer.model import SparTokenizerModel
+from megatron_unimm.models.memory import Spread
 from megatron_unimm.models.tokenizer.grid import CellGrids, GridLayers
 from megatron_unimm.models.tokenizer.model import LatentStatistics
 from megatron_unimm.models.tokenizer.pixels import patches_of_pixels, pixels_of_patches
 from megatron_unimm.models.trainable import apply_rules
-from megatron_unimm.parallel.groups import ParallelGroups
+from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.parallel.platform import Platform
+from megatron_unimm.train import setup
+from megatron_unimm.train.run import train_stage
+from megatron_unimm.train.state import model_state
 
 World = tuple[Platform, ParallelGroups]
 CPU = torch.device("cpu")
@@ -257,3 +267,56 @@ def test_layouts_that_cannot_run_are_refused(repo: Path, overrides: tuple[str, .
 def test_wrong_settings_are_refused(repo: Path, override: str, what: str) -> None:
     with pytest.raises((ConfigError, ValidationError), match=what):
         small(repo, "tokenizer", override)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_adversarial"])
+def test_planned_weights_are_those_of_the_model(repo: Path, world: World, name: str) -> None:
+    stage = small(repo, name, "data.sequence_length=64")
+    _, model = build(stage, world)
+    footprints = TokenizerFootprints()
+    row = footprints.typical_row(stage)
+    assert row.num_tokens <= 64
+    found = footprints.chunk(stage, Spread.of(stage.system, fused=False), ChunkPlace(True, True, range(1)), row)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert found.trained.total == trained
+    assert found.frozen.total == sum(each.numel() for each in model.parameters()) - trained
+    assert found.companions.total == sum(each.numel() for each in model.base.parameters())
+
+
+@pytest.mark.slow
+def test_stages_hand_over_and_are_scored(repo: Path, tmp_path: Path) -> None:
+    """From a base model's encoder, through both stages, to the suite's scores; statistics go with the checkpoint."""
+    write_shapes(tmp_path / "data", count=40, seed=1)
+    kinds = ("understanding", "text_to_image", "editing")
+    settings = [
+        *SMALL,
+        *(f"data.sources.{kind}.path={tmp_path}/data/train/{kind}.jsonl" for kind in kinds),
+        f"base_checkpoint={tmp_path}/base",
+        "train.steps=2",
+        "train.global_batch_size=8",
+        "train.logging.every_steps=1",
+    ]
+    recipe = load_recipe(repo / "configs/spar/shapes.yaml", settings)
+    stage = recipe.stages["alignment"]  # of the base model's parts
+    platform, groups = setup.enter(stage)
+    _, chunks = setup.build_model(stage, platform, groups)
+    state = {
+        "model0": {
+            key: value
+            for key, value in model_state(chunks, groups)["model0"].items()
+            if "query" not in key and "layer_router" not in key
+        }
+    }
+    meta = {"kind": "base_model", "family": "qwen2_5_vl", "architecture": stage.model.model_dump(mode="json")}
+    save(state, tmp_path / "base", meta)
+    destroy_groups()
+    for name in ("tokenizer", "tokenizer_adversarial"):
+        assert train_stage(recipe, select_stage(recipe, name), tmp_path / "run") == 0
+    report = evaluate(tmp_path / "run", "reconstruction", to=tmp_path / "scores.json", num_samples=16)
+    assert report["stage"] == "tokenizer_adversarial"
+    assert report["scores"]["psnr"] > 3
+    assert {"ssim", "frechet", "probe/original", "probe/semantic", "probe/readout"} <= set(report["scores"])
+    with PictureTokenizer.open(tmp_path / "run") as tokenizer:
+        statistics = tokenizer.model.tokenizer.statistics
+        assert statistics.seen > 100
+        assert not torch.equal(statistics.variance, torch.ones(8))
