@@ -54,7 +54,8 @@ def load_items(data: Path | None, count: int) -> ReconstructionItems:
     single = [
         sample_free_scene(np.random.default_rng([SEED, number, 1]), 1) for number in range(count * PROBE_PER_PICTURE)
     ]
-    colours, shapes = list(COLOURS), list(SHAPES)
+    colours: list[str] = list(COLOURS)
+    shapes: list[str] = list(SHAPES)
     labels = [colours.index(s.objects[0].colour) * len(shapes) + shapes.index(s.objects[0].shape) for s in single]
     return ReconstructionItems([render_array(s) for s in scenes], [render_array(s) for s in single], labels)
 
