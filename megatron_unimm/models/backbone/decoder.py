@@ -25,6 +25,7 @@ from megatron_unimm.models.backbone.deepstack import Deepstack, DeepstackLayer
 from megatron_unimm.models.backbone.routing import LayerMixture, Mixture, RoutedLayer
 from megatron_unimm.models.specs import block_spec, layer_spec
 from megatron_unimm.models.transformer_config import whole_sequence
+from megatron_unimm.parallel.pipeline import through_layers
 
 NORM_EPSILON = 1e-7
 """Added to the length of a column that logits are divided by, fixed in BailingMoE's code."""
@@ -150,12 +151,9 @@ class Backbone(LanguageModule):
         return torch.cat([self.deepstack.join(output[: len(hidden)], levels), output[len(hidden) :]])
 
     def _through(self, hidden: Tensor, carried: Tensor | None, context: PackedContext) -> Tensor:
-        # Megatron-Core reads a later stage's input from a field that its schedule sets; our wrapper cuts that input
-        # up first.
-        self.decoder.input_tensor = hidden
-        return self.decoder(
+        return through_layers(
+            self.decoder,
             hidden,
-            attention_mask=None,
             context=carried,
             packed_seq_params=context,
             padding_mask=self._modality(context),

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from megatron_unimm.config.mmdit import DiffusionTransformerConfig
 from megatron_unimm.models.mmdit.row import MMDiTRow
+from megatron_unimm.parallel.pipeline import through_layers
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,7 @@ class DiffusionTransformer(MegatronModule):
 
     def _through(self, blocks: TransformerBlock, hidden: Tensor, context: Tensor, row: MMDiTRow) -> Tensor:
         blocks.training = self.training
-        # Megatron-Core reads a later stage's input from a field that its schedule sets; ours is cut up first.
-        blocks.input_tensor = hidden
-        return blocks(hidden, attention_mask=None, context=context, packed_seq_params=row)
+        return through_layers(blocks, hidden, context=context, packed_seq_params=row)
 
     def pack(self, hidden_s1H: Tensor, vectors: Tensor, tap: Tap | None = None) -> Tensor:
         """What travels, of the hidden states and all k n rows of the vectors, and a tap's row."""
