@@ -10,8 +10,11 @@ import transformers
 import yaml
 
 from megatron_unimm.config.load import load_recipe
+from megatron_unimm.config.mmdit import ImageGeneratorConfig
 from megatron_unimm.config.model import ModelConfig, SiglipConfig
 from megatron_unimm.convert.families import family_of
+from megatron_unimm.convert.pipeline import read_model
+from megatron_unimm.convert.reader import read_added_tokens, read_config
 from megatron_unimm.convert.siglip import to_hf_config as siglip_hf_config
 
 FOLDER = Path("configs/models")
@@ -31,10 +34,12 @@ GENERATORS = {"sd3_medium", "sd3_5_medium", "sd3_5_large", "flux_1_dev", "sana_1
 """Tested in tests/convert/test_mmdit.py."""
 NOT_IN_TRANSFORMERS = {"ming_lite_omni"}
 """Tested in tests/convert/test_ming.py."""
+SHIPPED = {"shapes"}
+"""In tools/base_models."""
 
 
 def test_every_file_is_tested() -> None:
-    tested = BILLIONS.keys() | SIGLIP_MILLIONS.keys() | GENERATORS | NOT_IN_TRANSFORMERS
+    tested = BILLIONS.keys() | SIGLIP_MILLIONS.keys() | GENERATORS | NOT_IN_TRANSFORMERS | SHIPPED
     assert {path.stem for path in FOLDER.iterdir()} == tested
 
 
@@ -75,6 +80,16 @@ def test_siglip(name: str) -> None:
     assert sum(torch.Size(shape).numel() for shape in ours.values()) / 1e6 == pytest.approx(
         SIGLIP_MILLIONS[name], abs=0.1
     )
+
+
+@pytest.mark.parametrize(("section", "folder"), [("model", "shapes_vlm"), ("generator", "shapes_mmdit")])
+def test_the_shapes_world_has_the_shipped_models(section: str, folder: str) -> None:
+    source = Path("tools/base_models") / folder
+    config = read_model(source) if (source / "model_index.json").exists() else read_config(source)
+    written = yaml.safe_load((FOLDER / "shapes.yaml").read_text())[section]
+    kind = ModelConfig if section == "model" else ImageGeneratorConfig
+    expected = family_of(config, folder).to_config(config, read_added_tokens(source) if section == "model" else {})
+    assert kind.model_validate(written) == expected
 
 
 def test_a_recipe_takes_its_model_from_a_file(tmp_path: Path) -> None:
