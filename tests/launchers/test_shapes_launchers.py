@@ -104,7 +104,7 @@ def test_mmcore_in_the_shapes_world(repo: Path, fakes: Path) -> None:
     vlm, *drawing = [
         f"train configs/mmcore/shapes.yaml --run-dir {run} --stage {stage} {its}train.steps={steps} {own}"
         for stage, its, steps in (
-            ("vlm", "", 500),
+            ("vlm", "", 625),
             ("diffusion", cached, 750),
             ("diffusion_sft", cached, 150),
             ("policy", "", 3),

@@ -110,7 +110,7 @@ def frame_loss(
         latents = (chunk.vae.encode(picture).latent_dist.mean - vae.shift_factor) * vae.scaling_factor
         x_0.append(F.unfold(latents, patch, stride=patch)[0].T)  # [U, F]
     uniform = torch.tensor(sample.uniform[number], dtype=torch.float64)
-    t = torch.sigmoid(torch.distributions.Normal(0.0, 1.0).icdf(uniform))
+    t = torch.sigmoid(torch.distributions.Normal(0.5, 1.0).icdf(uniform))  # logit normal as the recipe has it
     numbers = np.random.Generator(np.random.Philox(key=sample.noise_seed + number))
     noise = torch.from_numpy(numbers.standard_normal(x_0[number].shape, np.float32))
     x_t = ((1 - t) * x_0[number] + t * noise).float()

@@ -62,7 +62,7 @@ def test_routers_queries_and_connector_learn(repo: Path, world: World) -> None:
     assert method.counts([row])[1:] == [6, 1], "queries, pictures"
     # Switch's balance, by its definition, of logits that a second pass gives.
     batch = method.batch(row, model, CPU)
-    _, mixture = model.backbone.mixture(model.student(model._enter(batch), batch.context))
+    _, mixture = model.backbone.mixture(model.student(model.enter(batch), batch.context))
     share, mean = weights.mean(0), mixture.logits[batch.queries.index].softmax(1).mean(0)
     assert sums[2].item() == pytest.approx(2 * (share * mean).sum().item(), rel=1e-5)
     (sums @ torch.tensor([0.0, 1.0, 1.0])).backward()
