@@ -4,6 +4,10 @@ It plays the part of the pretrained checkpoint that the papers start from: it re
 made a picture.
 
     python tools/build_tiny_models.py --to tools/base_models/shapes_vlm
+    python tools/build_tiny_models.py --to BETTER --from tools/base_models/shapes_vlm    # goes on with its weights
+
+Its conversations ask what pictures show and where, and what a picture would show after an edit, in words: what a
+pretrained model knows before it learns to draw.
 
 Two stages. The vision encoder first learns to tell what each visual token shows and where (by a linear layer on its
 merged features, thrown away later): a cheap start that makes the features say colour, shape, size and place. Then all
@@ -50,10 +54,19 @@ from megatron_unimm.data.shapes import (
     make_conversation,
     render_array,
 )
-from megatron_unimm.data.shapes.conversations import generator
+from megatron_unimm.data.shapes.conversations import free_scene, generator
 from megatron_unimm.data.shapes.prompts import prompt_scene, sample_prompt
-from megatron_unimm.data.shapes.scene import CANVAS, SIZES
-from megatron_unimm.data.shapes.text import BRIEF_REQUESTS, IMAGE_MARK, detailed_caption, request
+from megatron_unimm.data.shapes.scene import CANVAS, CELLS, SIZES, cell_of, pick
+from megatron_unimm.data.shapes.text import (
+    BRIEF_REQUESTS,
+    IMAGE_MARK,
+    at_cell,
+    detailed_caption,
+    joined,
+    reading_order,
+    request,
+    with_article,
+)
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 SPECIAL_TOKENS = (
@@ -161,13 +174,48 @@ def _caption_prompt_picture(rng: np.random.Generator) -> Dialogue:
     return Dialogue((("human", IMAGE_MARK + short), ("gpt", prompt.caption), *detailed), (scene,))
 
 
+def _ask_for_places(rng: np.random.Generator) -> Dialogue:
+    """Six questions where something is in a picture, or what is at a place (half of the places hold something)."""
+    scene = free_scene(rng, "train")
+    found: dict[str, str] = {}
+    while len(found) < 6:
+        item = pick(rng, scene.objects)
+        if rng.random() < 0.3:
+            places = [at_cell(cell_of(other)) for other in reading_order(scene) if other.name == item.name]
+            found[f"Where is the {item.name}?"] = joined(places)
+        else:
+            cell = cell_of(item) if rng.random() < 0.5 else pick(rng, CELLS)
+            here = [f"{other.size} {other.name}" for other in reading_order(scene) if cell_of(other) == cell]
+            found[f"What is {at_cell(cell)}?"] = joined([with_article(words) for words in here]) if here else "nothing"
+    turns = [turn for question, answer in found.items() for turn in (("human", question), ("gpt", answer))]
+    turns[0] = ("human", IMAGE_MARK + turns[0][1])
+    return Dialogue(tuple(turns), (scene,))
+
+
+def _describe_edits(seed: int, index: int) -> Dialogue:
+    """A conversation in which pictures are edited; each is described where it would be drawn."""
+    found = make_conversation("editing", seed, index)
+    drawn = iter(found.scenes[sum(value.count(IMAGE_MARK) for who, value in found.turns if who == "human") :])
+    turns = tuple(
+        (who, detailed_caption(next(drawn)) if who == "gpt" and value == IMAGE_MARK else value)
+        for who, value in found.turns
+    )
+    return Dialogue(turns, tuple(found.scenes[: sum(value.count(IMAGE_MARK) for _, value in turns)]))
+
+
 def dialogue(seed: int, index: int) -> Dialogue:
-    """Training sample `index`: one in twelve is text only, one in twelve captions a prompt's picture."""
+    """Training sample `index`. Of twelve, one is text only, one captions a prompt's picture, two ask for places, three
+    describe edits; the others are the world's conversations about pictures."""
     rng = generator(seed, index, 21)
-    if index % 12 == 0:
+    kind = index % 12
+    if kind == 0:
         return _read_prompts(rng)
-    if index % 12 == 6:
+    if kind == 6:
         return _caption_prompt_picture(rng)
+    if kind in (3, 9):
+        return _ask_for_places(rng)
+    if kind in (1, 5, 10):
+        return _describe_edits(seed, index)
     found = make_conversation("understanding", seed, index)
     return Dialogue(found.turns, found.scenes)
 
@@ -545,7 +593,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2TokenizerFas
 
 README = """# shapes_vlm
 
-The tiny base VLM: a Qwen2.5-VL ({parameters:.2f} M parameters, bf16) trained from scratch on the Shapes world's
+The tiny base VLM: a Qwen2.5-VL ({parameters:.2f} M parameters, bf16) trained {origin} on the Shapes world's
 training split. It reads pictures of 64 x 64 pixels (16 visual tokens each) and prompts; it has never made a picture.
 
     {command}
@@ -564,6 +612,7 @@ Exact-match accuracy on {count} questions about held-out scenes (`heldout_questi
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--from", dest="start", type=Path, help="folder of a model to go on with, instead of a new one")
     parser.add_argument("--steps", type=int, default=6000, help="steps of the second stage")
     parser.add_argument("--minutes", type=float, help="time of the second stage instead of --steps; not repeatable")
     parser.add_argument("--vision-steps", type=int, default=600, help="steps of the first stage")
@@ -581,11 +630,16 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    tokenizer = build_tokenizer(options.seed)
+    start: Path | None = options.start
+    tokenizer = build_tokenizer(options.seed) if start is None else Qwen2TokenizerFast.from_pretrained(start)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     AttentionInterface.register(ATTENTION, float_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model = Qwen2_5_VLForConditionalGeneration(model_config(ids)).train()
+    if start is None:
+        model = Qwen2_5_VLForConditionalGeneration(model_config(ids))
+    else:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    model.train()
     model.set_attn_implementation(ATTENTION)
     for block in model.model.visual.blocks:
         block.attn.forward = MethodType(batched_attention, block.attn)
@@ -604,7 +658,8 @@ def main(arguments: list[str]) -> int:
         answers = nn.functional.cross_entropy(logits.float(), labels)
         return {"answers": answers, "vision": 0.3 * visual_loss(head, features, batch.scenes)}
 
-    vision = make_optimizer([model.model.visual, head], 2e-3)
+    # Features that are trained already are only read.
+    vision = make_optimizer([head] if start is not None else [model.model.visual, head], 2e-3)
     train(
         "vision",
         Budget(options.vision_steps),
@@ -628,11 +683,12 @@ def main(arguments: list[str]) -> int:
     stored = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.to, dtype=torch.bfloat16).float()
     table = question_accuracy(stored, encode, make, options.questions)
     rows = "\n".join(f"| {kind} | {value:.3f} |" for kind, value in table.items())
-    command = f"python tools/build_tiny_models.py --to {options.to} --steps {options.steps} --seed {options.seed}"
+    command = " ".join(["python tools/build_tiny_models.py", *arguments])
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     (options.to / "README.md").write_text(
         README.format(
             parameters=parameters,
+            origin="from scratch" if start is None else f"on from {start}",
             command=command,
             seed=options.seed,
             minutes=minutes,
