@@ -120,6 +120,22 @@ class LoggingConfig(Section):
     """Peak of one device in TFLOP/s for MFU; null looks the GPU up by name, and shows no MFU on CPU."""
 
 
+class ProfileConfig(Section):
+    """A trace of some steps by torch's profiler, in ``profile/`` of the stage's folder: Chrome's format, for
+    https://ui.perfetto.dev, and a table of the operators that take longest. A profiled rank is slower meanwhile."""
+
+    first_step: int = Field(default=10, gt=0)
+    """The first step of the trace, counted from 1. The first few steps of a launch are unlike the others."""
+    steps: int = Field(default=2, gt=0)
+    ranks: list[int] = Field(default=[0], min_length=1)
+    memory: bool = False
+    """Also what each operator allocates."""
+    shapes: bool = False
+    """Operators with different shapes of inputs are told apart."""
+    stacks: bool = False
+    """Also the lines of Python that called them: larger and slower."""
+
+
 class TrainConfig(Section):
     """Length and batch of a stage."""
 
@@ -142,6 +158,8 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig | None = None
+    """null for none; ``train.profile.first_step=10`` on the command line for one."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

@@ -1,5 +1,6 @@
 """``unimm train`` from end to end on one rank: stages hand over, a resume is bit for bit, signals, bad input."""
 
+import gzip
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +135,27 @@ def test_signal_saves_and_asks_to_be_run_again(overrides: list[str], repo: Path,
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors.decode()[-2000:]
     assert latest(checkpoint_folder(tmp_path, "warm_up")) is not None
+
+
+def test_a_profile_of_some_steps(train: Train, tmp_path: Path) -> None:
+    """Steps 2 and 3 of four, as a trace that says so and a table of operators; the same losses as without."""
+    assert train("warm_up", tmp_path / "plain", "train.steps=4") == 0
+    settings = ("train.profile.first_step=2", "train.profile.shapes=true")
+    assert train("warm_up", tmp_path / "traced", "train.steps=4", *settings) == 0
+    folder = tmp_path / "traced/warm_up/profile"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_00000002.rank00000.json.gz",
+        "step_00000002.rank00000.txt",
+    ]
+    events = json.loads(gzip.decompress((folder / "step_00000002.rank00000.json.gz").read_bytes()))["traceEvents"]
+    named = Counter(event.get("name") for event in events)
+    assert [named[f"step {step}"] for step in (1, 2, 3, 4)] == [0, 1, 1, 0]
+    assert named["aten::mm"] > 0
+    # Each of the two steps updates the weights once: those that decay, and the others.
+    assert named["aten::_fused_adamw_"] == 2 * 2
+    assert "aten::mm" in (folder / "step_00000002.rank00000.txt").read_text()
+    plain, traced = (records(tmp_path / name, "warm_up") for name in ("plain", "traced"))
+    assert [record["losses"] for record in plain] == [record["losses"] for record in traced]
 
 
 def test_one_bad_sample_is_counted_and_passed_over(train: Train, world_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from megatron_unimm.train.callbacks.console import Console
 from megatron_unimm.train.callbacks.evaluator import Evaluator
 from megatron_unimm.train.callbacks.metrics_file import MetricsFile
 from megatron_unimm.train.callbacks.moe_balance import MoEBalance
+from megatron_unimm.train.callbacks.profiler import Profiler
 from megatron_unimm.train.callbacks.progress import Progress
 from megatron_unimm.train.callbacks.quarantine import Quarantine
 from megatron_unimm.train.callbacks.straggler_watch import StragglerWatch
@@ -25,6 +26,8 @@ def default_callbacks(stage: StageConfig, attempt: AttemptLog) -> list[Callback]
         Quarantine(folder / "quarantine.jsonl"),
         StragglerWatch(stage.train.logging, attempt.events),
     ]
+    if stage.train.profile is not None:
+        callbacks.insert(0, Profiler(stage.train.profile, folder / "profile"))
     if stage.train.logging.tensorboard:
         callbacks.append(TensorBoard(stage, folder / "tensorboard"))
     return [*callbacks, Console()]
