@@ -15,7 +15,7 @@ balances causal work.
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -232,6 +232,20 @@ class PackedAttention(torch.nn.Module):
         return self.fused(query, key, value.contiguous(), None, attn_mask_type, packed_seq_params=packed)
 
 
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """torch's attention, looked up when it is called: on the meta device it is another (``platform_meta.py``).
+
+    On a CPU it computes in float32, whatever comes in: backward in bf16 takes several times as long there.
+
+    Args:
+        query: ``[..., N, queries, D]``. key, value: ``[..., N, keys, D]``.
+        options: as torch has them.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+
 def segment_attention(
     query: Tensor,
     key: Tensor,
@@ -268,7 +282,7 @@ def segment_attention(
         value.index_select(0, segments.key_index).split(key_sizes),
         strict=True,
     ):
-        attended = F.scaled_dot_product_attention(
+        attended = torch_attention(
             queries.unflatten(0, (group.num_segments, -1)).transpose(1, 2),  # [n, N, length / c, D]
             keys.unflatten(0, (group.num_segments, -1)).transpose(1, 2),  # [n, N, length, D]
             values.unflatten(0, (group.num_segments, -1)).transpose(1, 2),

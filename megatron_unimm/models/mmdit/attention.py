@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -33,6 +32,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from megatron_unimm.models.attention import torch_attention
 from megatron_unimm.models.mmdit.rotary import rotate_pairs
 from megatron_unimm.models.mmdit.visibility import (
     BLOCK_CAUSAL_KINDS,
@@ -227,7 +227,7 @@ class JointAttention(torch.nn.Module):
             attended = self.variable_length(queries, keys, values, None, AttnMaskType.no_mask, packed_seq_params=packed)
             attended = attended.view(queries.shape)
         else:
-            attended = batched(queries, keys, values, segments.batches, softmax_kernel)
+            attended = batched(queries, keys, values, segments.batches, torch_attention)
         return torch.zeros_like(query).index_copy(0, segments.query_index, attended)
 
 
@@ -259,11 +259,6 @@ def batched(
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
-
-
-def softmax_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's attention, looked up when it is called: on the meta device it is another (``platform_meta.py``)."""
-    return F.scaled_dot_product_attention(query, key, value)
 
 
 def _variable_length(config: TransformerConfig) -> torch.nn.Module:

@@ -3,9 +3,8 @@
 import logging
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function, supported_activities
 
 from megatron_unimm.config.train import ProfileConfig
 from megatron_unimm.data.loader import StepBatch
@@ -42,25 +41,22 @@ class Profiler(Callback):
         if self._running is not None:
             self._end_step()
             if loop.step + 1 == self._first + self.settings.steps:
-                self._finish()
+                self._finish(loop)
             else:
                 self._begin_step(loop.step + 1)
         else:
             self._begin_before(loop.step + 1)
 
     def on_end(self, loop: Loop) -> None:
-        self._finish()
+        self._finish(loop)
 
     def _begin_before(self, step: int) -> None:
         """Start if ``step``, the next one, is the first that is wanted."""
         if step != self.settings.first_step:
             return
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
         self._first = step
         self._running = profile(
-            activities=activities,
+            activities=supported_activities(),
             profile_memory=self.settings.memory,
             record_shapes=self.settings.shapes,
             with_stack=self.settings.stacks,
@@ -77,7 +73,7 @@ class Profiler(Callback):
             self._step.__exit__(None, None, None)
             self._step = None
 
-    def _finish(self) -> None:
+    def _finish(self, loop: Loop) -> None:
         if self._running is None:
             return
         self._end_step()
@@ -85,7 +81,7 @@ class Profiler(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{self._first:08d}.rank{dist.get_rank():05d}.json.gz"
         self._running.export_chrome_trace(str(path))
-        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        order = "self_device_time_total" if loop.platform.is_gpu else "self_cpu_time_total"
         operators = self._running.key_averages(group_by_input_shape=self.settings.shapes)
         table = operators.table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=80)
         path.with_name(path.name.removesuffix(".json.gz") + ".txt").write_text(table)
