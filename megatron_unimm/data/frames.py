@@ -371,6 +371,19 @@ class FrameWork:
         tokens = replace(layout.tokens, patches=np.concatenate(parts))
         return replace(sample, layout=replace(layout, tokens=tokens))
 
+    def pictures_before(self, sample: FrameSample, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """All views of a conversation but the last, uint8 (H, W, 3), as they are drawn.
+
+        Args:
+            pictures: of the conversation, uint8 (H, W, 3).
+        """
+        side, rule = self.generator.token_pixels, self.data.drawing_size
+        assert rule is not None
+        return [
+            images.resize(pictures[index], int(columns) * side, int(rows) * side, crop=rule.crop, filter=rule.filter)
+            for index, (rows, columns) in zip(sample.image_index[:-1], sample.sizes[:-1], strict=True)
+        ]
+
     # -- what its images hold
 
     def picture_requests(self, laid: Laid) -> list[ImageRequest]:

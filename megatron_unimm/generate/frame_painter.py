@@ -20,7 +20,6 @@ from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.layout import check_layout, stream_multiple
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
@@ -251,14 +250,9 @@ class FramePainter(BasePainter, Generic[ChunkT]):
     def clean_latents(self, drawables: Sequence[Drawable]) -> Tensor:
         """Patches of latents ``[U', F]`` of the pictures before, conversation by conversation (first stage)."""
         assert self.vae is not None
-        mmdit, side, rule = self.generator.mmdit, self.generator.token_pixels, self.work.data.drawing_size
-        assert rule is not None
+        mmdit = self.generator.mmdit
         pictures = [
-            images.resize(
-                each.request.pictures[index], int(columns) * side, int(rows) * side, crop=rule.crop, filter=rule.filter
-            )
-            for each in drawables
-            for index, (rows, columns) in zip(each.sample.image_index[:-1], each.sample.sizes[:-1], strict=True)
+            picture for each in drawables for picture in self.work.pictures_before(each.sample, each.request.pictures)
         ]
         return picture_patches(self.vae, pictures, mmdit.patch_size, mmdit.patch_dim, self.dtype, self.device)
 

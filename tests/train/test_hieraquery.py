@@ -54,7 +54,7 @@ def test_queries_are_eq_1_to_3(repo: Path, world: World) -> None:
     """START, queries with their place, END; scale by scale, for each of two pictures."""
     stage = small_stage(repo)
     config = config_of(stage, world)
-    queries = ScaleQueries(MultiScaleConfig(scales=[(1, 2), 2]), config)
+    queries = ScaleQueries(MultiScaleConfig(scales=[(1, 2), 2]), config.hidden_size, torch.float32)
     words = torch.randn(24, 1, config.hidden_size)
     # [ q q ] [ q q q q ] behind the third word, and again behind that.
     index = torch.tensor([4, 5, 8, 9, 10, 11, 14, 15, 18, 19, 20, 21])
@@ -74,7 +74,7 @@ def test_queries_are_eq_1_to_3(repo: Path, world: World) -> None:
 def test_reused_marks_stay_as_they_are(repo: Path, world: World) -> None:
     """As Ming-Lite-Omni: queries of length 1, no encoding, the vocabulary's own marks."""
     config = config_of(small_stage(repo), world)
-    queries = ScaleQueries(MultiScaleConfig(scales=[1, 2], mode="reuse"), config)
+    queries = ScaleQueries(MultiScaleConfig(scales=[1, 2], mode="reuse"), config.hidden_size, torch.float32)
     torch.testing.assert_close(queries.weight.norm(dim=1), torch.ones(5))
     assert [name for name, _ in queries.named_parameters()] == ["weight"]
     words = torch.randn(10, 1, config.hidden_size)
