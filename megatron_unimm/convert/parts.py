@@ -121,6 +121,7 @@ def _drawing(meta: Mapping[str, Any], where: str) -> dict[str, Any]:
         "sampler": method["sampler"],
         "max_frames": method["max_frames"],
         "embedded_guidance": method["embedded_guidance"],
+        **{name: method[name] for name in ("shows_sources",) if name in method},  # HieraQuery's
         "data": {name: data[name] for name in DRAWING_DATA},
     }
 
@@ -234,7 +235,7 @@ def _expected_of_scales(
     mmdit, hidden, inner = generator.mmdit, language_model.backbone.hidden_size, scales.connector.hidden_size
     condition, learned = mmdit.condition_size, scales.mode == "learned"
     queries: dict[str, Shape] = {"weight": (scales.num_queries, hidden)}
-    adapters = _two_layers("pooled", condition, condition, mmdit.pooled_size)
+    adapters = _two_layers("pooled", condition, condition, mmdit.pooled_size) if mmdit.pooled_size else {}
     if learned:
         queries["marks"] = (len(scales.scales), 2, hidden)
         adapters["place"] = (scales.num_queries, condition)

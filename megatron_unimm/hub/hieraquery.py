@@ -79,6 +79,7 @@ class HieraQueryPipeline(FramePipeline[Tensor]):
             NO_DROPOUT,
             found.settings["max_frames"],
             pathways="visual",
+            shows_sources=found.settings["shows_sources"],
         )
         queries = found.filled(ScaleQueries(scales, hidden, torch.float32), "query_tokens")
         adapters = ScaleAdapters(scales, hidden, mmdit.condition_size, mmdit.pooled_size)
@@ -115,7 +116,9 @@ class HieraQueryPipeline(FramePipeline[Tensor]):
         frames = row.frames.tiled(times)
         frame_of_token = torch.from_numpy(np.repeat(np.arange(len(frames)), frames.num_condition)).to(said.device)
         tokens = torch.cat([said, *(torch.zeros_like(said) for _ in range(times - 1))])
-        return Condition(tokens, self.adapters.pool(tokens, frame_of_token, len(frames)))
+        pooled = self.adapters.pool(tokens, frame_of_token, len(frames))
+        assert pooled is not None, "of SD3 and FLUX"
+        return Condition(tokens, pooled)
 
 
 class LanguageConnector(ConnectorLayers):

@@ -91,8 +91,8 @@ class ScaleAdapters(nn.Module):
 
     Tokens of the condition are told apart by a vector of their place in their scale's grid, sines and cosines at first
     and learned from there, as MMCORE's visual latents (``models/pathways.py``); Ming's weights were trained without.
-    The pooled condition, which text encoders gave the pretrained model, is made of the mean of a picture's tokens (Ming
-    pools them too).
+    The pooled condition (where the transformer has one), which text encoders gave the pretrained model, is made of the
+    mean of a picture's tokens (Ming pools them too).
     """
 
     def __init__(self, model: MultiScaleConfig, hidden_size: int, condition_size: int, pooled_size: int) -> None:
@@ -100,7 +100,7 @@ class ScaleAdapters(nn.Module):
         inner = model.connector.hidden_size
         self.inward = TwoLayers(hidden_size, inner, inner) if hidden_size != inner else nn.Identity()
         self.outward = TwoLayers(inner, condition_size, condition_size) if inner != condition_size else nn.Identity()
-        self.pooled = TwoLayers(condition_size, condition_size, pooled_size)
+        self.pooled = TwoLayers(condition_size, condition_size, pooled_size) if pooled_size else None
         self.has_places = model.mode == "learned"
         if self.has_places:
             places = torch.cat([grid_places(condition_size, *grid) for grid in model.grids])
@@ -115,12 +115,15 @@ class ScaleAdapters(nn.Module):
             return condition + self.place[:0]
         return condition + self.place.repeat(len(condition) // len(self.place), 1)
 
-    def pool(self, condition_VC: Tensor, frame_of_token: Tensor, num_frames: int) -> Tensor:
-        """``[num_frames, P]`` of the mean of each frame's tokens; frames without any have zeros in its place.
+    def pool(self, condition_VC: Tensor, frame_of_token: Tensor, num_frames: int) -> Tensor | None:
+        """``[num_frames, P]`` of the mean of each frame's tokens; frames without any have zeros in its place. None for
+        a transformer without a pooled condition (SANA).
 
         Args:
             frame_of_token: int64 ``[V]``.
         """
+        if self.pooled is None:
+            return None
         sums = condition_VC.new_zeros(num_frames, condition_VC.shape[1]).index_add(0, frame_of_token, condition_VC)
         ones = torch.ones_like(frame_of_token, dtype=condition_VC.dtype)
         counts = ones.new_zeros(num_frames).index_add(0, frame_of_token, ones)

@@ -178,6 +178,10 @@ class HieraQueryModel(DrawingModel):
         """
         return Condition(tokens_VC, pooled=self.scale_adapters.pool(tokens_VC, frame_of_token, num_frames))
 
+    def pooled(self, num_vectors: int) -> Tensor | None:
+        """None: only of a transformer without one does a row not say it."""
+        return None
+
     def added(self, canvas: Canvas) -> Tensor | None:
         """What tells frames apart."""
         return self.frame_embedding(canvas.frame_number) if isinstance(self.model.mmdit, Sd3Config) else None
