@@ -146,6 +146,8 @@ class FramePainter(BasePainter, Generic[ChunkT]):
 
     part: ClassVar[str]
     """What the meta of its checkpoints describes."""
+    has_teacher: ClassVar[bool] = False
+    """Whether :meth:`teacher_latents` knows what the model should say of a picture."""
 
     @classmethod
     def build(cls, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> list[ChunkT]:
@@ -174,7 +176,11 @@ class FramePainter(BasePainter, Generic[ChunkT]):
         raise NotImplementedError
 
     def num_conditions(self, sampler: SamplerConfig) -> int:
-        """Velocities that a guided one is made of."""
+        """Velocities that a guided one is made of.
+
+        Raises:
+            UserError: guidance by something that the model does not have.
+        """
         raise NotImplementedError
 
     def said(self, drawables: Sequence[Drawable]) -> Any:
@@ -209,8 +215,12 @@ class FramePainter(BasePainter, Generic[ChunkT]):
 
         Args:
             sampler: None for the recipe's.
+
+        Raises:
+            UserError: as :meth:`lay_out` and :meth:`num_conditions`.
         """
         sampler = sampler or self.sampler
+        self.num_conditions(sampler)  # what cannot be guided is refused before anything is worked out
         drawables = [self.lay_out(request) for request in requests]
         done: dict[int, np.ndarray] = {}
         by_size: dict[tuple[int, int, int], list[int]] = {}

@@ -26,6 +26,7 @@ from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.hieraquery import LanguageConnectorConfig, MultiScaleConfig
 from megatron_unimm.config.methods import DropoutSchedule
 from megatron_unimm.data.frames import FrameRow, FrameWork
+from megatron_unimm.flow.guidance import num_of_one_condition
 from megatron_unimm.hub.connector import ConnectorLayers, LayerSizes
 from megatron_unimm.hub.denoiser import Denoiser
 from megatron_unimm.hub.folder import ExportedFolder
@@ -103,8 +104,7 @@ class HieraQueryPipeline(FramePipeline[Tensor]):
         ]
 
     def num_conditions(self, sampler: SamplerConfig) -> int:
-        """The pictures before are there in each, so that there is nothing for a second scale."""
-        return 1 if sampler.guidance_scale == 1.0 else 2
+        return num_of_one_condition(sampler)
 
     def said(self, row: FrameRow, scale: int) -> Tensor:
         queries = self.work.scales.queries

@@ -79,7 +79,11 @@ class FramePipeline(ABC, Generic[SaidT]):
 
     @abstractmethod
     def num_conditions(self, sampler: SamplerConfig) -> int:
-        """Velocities that a guided one is made of."""
+        """Velocities that a guided one is made of.
+
+        Raises:
+            UserError: guidance by something that the model does not have.
+        """
 
     @abstractmethod
     def said(self, row: ConversationRow, scale: int) -> SaidT:
@@ -130,6 +134,7 @@ class FramePipeline(ABC, Generic[SaidT]):
     ) -> tuple[Tensor, tuple[int, int]]:
         """Patches of latents ``[u, F]`` of the picture, and its rows and columns of these; arguments as a call's."""
         settings = SamplerConfig.model_validate({**self.sampler.model_dump(), **sampler})
+        self.num_conditions(settings)  # what cannot be guided is refused before anything is worked out
         asked = self._lay_out(prompt, pictures, scale)
         rows, columns = (int(count) for count in asked.sample.sizes[-1])
         noise = starting_noise(seed, number, rows * columns, self.work.generator.mmdit.patch_dim).to(self.device)

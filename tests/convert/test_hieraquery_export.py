@@ -225,8 +225,11 @@ def test_damaged_folders_are_refused(
 
 def test_what_the_pipeline_cannot_do_is_refused(exported: Folders, tmp_path: Path) -> None:
     folder = exported(PLAIN)[1]
+    pipeline = HieraQueryPipeline.from_pretrained(folder)
     with pytest.raises(UserError, match="scale: is 2, but the model has 2"):
-        HieraQueryPipeline.from_pretrained(folder)("Draw.", scale=2)
+        pipeline("Draw.", scale=2)
+    with pytest.raises(UserError, match=r"image_guidance_scale: is 1.5, but .* leave it out"):
+        pipeline("Draw.", image_guidance_scale=1.5)
     with pytest.raises(CheckpointError, match="no exported MMCORE: it has no pathways"):
         MMCorePipeline.from_pretrained(folder)
     # Ming-Lite-Omni exports too, for the code that comes with it.

@@ -29,7 +29,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample
 from megatron_unimm.data.sample import Turn
-from megatron_unimm.errors import ConfigError
+from megatron_unimm.errors import ConfigError, UserError
 from megatron_unimm.generate.frame_painter import FrameRequest, Guided
 from megatron_unimm.generate.scale_painter import ScalePainter
 from megatron_unimm.generate.staged import decoding_mode
@@ -374,6 +374,8 @@ def test_each_scale_is_drawn_from_its_own_tokens(repo: Path, world: World, overr
     plain = SamplerConfig(steps=2, guidance_scale=3.0)
     drawn = painter.paint([FrameRequest(turns, (given,), (64, 64), scale=scale) for scale in (0, 1)], plain)
     assert [picture.shape for picture in drawn] == [(32, 32, 3), (64, 64, 3)]
+    with pytest.raises(UserError, match=r"image_guidance_scale: is 1.5"):
+        painter.paint([FrameRequest(turns, (given,), (64, 64))], SamplerConfig(image_guidance_scale=1.5))
     for scale, tokens in enumerate((4, 16)):
         drawables = [painter.lay_out(FrameRequest(turns, (given,), (64, 64), scale=scale)) for _ in range(2)]
         state = torch.randn(2, tokens, generator.mmdit.patch_dim)
