@@ -98,8 +98,9 @@ class Drawn:
     scorer_right: bool
     squared_error: float | None
     """Of the decoder's picture from the true visual tokens, mean over its numbers, in squared grey levels."""
-    pictures: tuple[np.ndarray | None, ...] = ()
-    """For the sheet: generated, by the VAE, by the decoder; empty for most prompts, they would travel for nothing."""
+    pictures: tuple[np.ndarray, ...] = ()
+    """For the sheet: generated, by the VAE, and by the decoder where it draws any; empty for most prompts, they would
+    travel for nothing."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def draw(generator: Generator, items: Sequence[PromptItem]) -> list[Drawn]:
             vae_right=is_correct(prompt, by_vae),
             scorer_right=is_correct(prompt, true),
             squared_error=None if by_decoder is None else squared_error(by_decoder, true),
-            pictures=(ours, by_vae, by_decoder) if i < SHEET_DRAWN else (),
+            pictures=(ours, by_vae, *([] if by_decoder is None else [by_decoder])) if i < SHEET_DRAWN else (),
         )
     return gather(generator, results)
 
@@ -280,9 +281,9 @@ def sheet(samples: ShapesSamples, drawn: Sequence[Drawn], edited: Sequence[Edite
     cells = [(f"true picture\n{item.prompt.caption}", item.picture) for item, _ in first]
     cells += [(f"VAE alone: {_word(found.vae_right)}", found.pictures[1]) for _, found in first]
     cells += [
-        (f"decoder on true tokens: {_word(found.decoder_right is True)}", found.pictures[2])
+        (f"decoder on true tokens: {_word(bool(found.decoder_right))}", found.pictures[2])
         for _, found in first
-        if found.pictures[2] is not None
+        if found.decoder_right is not None
     ]
     cells += [
         (f"{item.prompt.kind}: {_word(found.right)}\n{item.prompt.caption}", found.pictures[0])

@@ -86,7 +86,8 @@ class ConnectorLayer(nn.Module):
         each = self.sizes.heads // self.sizes.kv_heads
         groups = mixed.unflatten(1, (self.sizes.kv_heads, each + 2, -1))  # [Q, G, N / G + 2, D]
         query, key, value = groups.split([each, 1, 1], dim=2)
-        return query.flatten(1, 2), *(heads.repeat_interleave(each, dim=1)[:, :, 0] for heads in (key, value))
+        key, value = (heads[:, :, 0].repeat_interleave(each, dim=1) for heads in (key, value))
+        return query.flatten(1, 2), key, value
 
 
 class NormedLinear(nn.Module):
