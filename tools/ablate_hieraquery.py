@@ -21,10 +21,11 @@ import argparse
 import os
 from pathlib import Path
 
+import numpy as np
 from ablation import UNIMM, Ablation, Row, Training, add_options, carry_out, run_logged, shown, train_all
+from PIL import Image
 
 from megatron_unimm.data.shapes import PROMPT_KINDS
-from megatron_unimm.generate.pictures import read_pictures
 from megatron_unimm.generate.png import picture_grid, write_png
 
 RECIPE = "configs/hieraquery/shapes_ablations.yaml"
@@ -166,7 +167,7 @@ def figure5a(options: argparse.Namespace) -> None:
         folder = options.run_dir / runs[label].name
         run_logged(command, folder / "generate.log")
         files = [folder / f"prompt_{number}.png", *folder.glob(f"prompt_{number}_*.png")]
-        scales = sorted(read_pictures(files), key=lambda picture: picture.size)
+        scales = sorted((np.asarray(Image.open(file)) for file in files), key=lambda picture: picture.size)
         pictures += scales
         captions += [f"{label}\n{prompts[number]}", *[""] * (len(scales) - 1)]
     to = options.to or options.run_dir / "figure5a.png"
