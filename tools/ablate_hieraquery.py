@@ -133,10 +133,12 @@ def consistency(steps: int) -> Ablation:
         Row("and alignment", all_scales(steps, aligned=True), ("notably improved",)),
     )
     scores = {
-        **{name: name for name in ("agreement", "agreement/0.25x", "agreement/0.5x", "objects", "objects/0.5x")},
+        "agreement": "agreement",
+        **{f"at {scale}": f"agreement/{scale}" for scale in ("0.25x", "0.5x")},
+        "objects": "objects",
         "other noise": "agreement/other_noise",
         "other prompt": "agreement/other_prompt",
-        **{f"overall {scale}": f"overall/{scale}" for scale in ("0.25x", "0.5x", "1x")},
+        **{f"right {scale}": f"overall/{scale}" for scale in ("0.25x", "0.5x", "1x")},
     }
     figures = {title: f"shapes_scales/{score}" for title, score in scores.items()}
     return Ablation("Consistency over scales (3.2)", rows, figures, ("paper",), ("shapes_scales",))
