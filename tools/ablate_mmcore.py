@@ -20,23 +20,11 @@ mix.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ablation import (
-    Training,
-    distinct,
-    evaluate,
-    evaluation_command,
-    in_parallel,
-    last_loss,
-    show,
-    shown,
-    train_all,
-)
+from ablation import Ablation, Row, Training, add_options, carry_out
 
 RECIPE = "configs/mmcore/shapes_ablations.yaml"
 NEW = "{pattern: 'query_tokens.*'}, {pattern: 'query_connector.*'}, {pattern: '*', train: false}"
@@ -58,29 +46,6 @@ class Budget:
     vlm: int
     diffusion: int
     sft: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table, and the run that is scored for it."""
-
-    label: str
-    training: Training
-    paper: tuple[str, ...] = ()
-    """What the paper has for it, column by column."""
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A table."""
-
-    title: str
-    rows: tuple[Row, ...]
-    figures: dict[str, str]
-    """Columns: a title, and what of a row's results stands there (:func:`results_of`)."""
-    paper: tuple[str, ...] = ()
-    """Titles of the paper's columns."""
-    suites: tuple[str, ...] = ("shapes",)
 
 
 # -- runs
@@ -225,70 +190,18 @@ ABLATIONS = {
 }
 
 
-# -- from rows to a table
-
-
-def results_of(row: Row, ablation: Ablation, run_dir: Path, num_samples: int) -> dict[str, float]:
-    """The last flow loss (``flow``), the VLM's last cosine loss (``vis``) where eq. 1 is, and all scores as
-    ``SUITE/NAME``."""
-    found = {"flow": last_loss(row.training, "diffusion", "flow", run_dir)}
-    if row.training.after is not None:
-        found["vis"] = last_loss(row.training.after, row.training.after.stages[-1], "vis", run_dir)
-    for suite in ablation.suites:
-        scores = evaluate(row.training, suite, run_dir, num_samples)
-        found |= {f"{suite}/{name}": score for name, score in scores.items()}
-    return found
-
-
-def commands(ablation: Ablation, run_dir: Path, num_samples: int) -> list[str]:
-    """All that is run, one after the other."""
-    trainings = distinct([row.training for row in ablation.rows])
-    trained = [each.command(stage, run_dir) for each in trainings for stage in each.stages]
-    scored = [
-        evaluation_command(row.training, suite, run_dir, num_samples)
-        for row in ablation.rows
-        for suite in ablation.suites
-    ]
-    return [shown(command) for command in [*trained, *scored]]
-
-
-def print_table(ablation: Ablation, results: Sequence[dict[str, float]]) -> None:
-    rows = []
-    for row, found in zip(ablation.rows, results, strict=True):
-        cells = [f"{found[key]:.3f}" if key in found else "-" for key in ablation.figures.values()]
-        rows.append((row.label, *cells, *row.paper))
-    show(f"{ablation.title}, in the Shapes world", ("", *ablation.figures, *ablation.paper), rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablation", choices=ABLATIONS)
-    default = Path(os.environ.get("RUNS", "runs")) / "mmcore" / "ablations"
-    parser.add_argument("--run-dir", type=Path, default=default, help="folder of all runs  [%(default)s]")
     parser.add_argument("--vlm-steps", type=int, default=200, help="[%(default)s]")
     parser.add_argument("--diffusion-steps", type=int, default=200, help="[%(default)s]")
     parser.add_argument(
         "--sft-steps", type=int, default=40, help="of the VLM, for the last row of table1  [%(default)s]"
     )
-    parser.add_argument("--num-samples", type=int, default=20, help="as of unimm evaluate  [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each  [%(default)s]")
-    parser.add_argument("--print", action="store_true", help="print the commands and run none")
-    arguments = parser.parse_args()
-    budget = Budget(arguments.vlm_steps, arguments.diffusion_steps, arguments.sft_steps)
-    ablation = ABLATIONS[arguments.ablation](budget)
-    if arguments.print:
-        print("\n".join(commands(ablation, arguments.run_dir, arguments.num_samples)))
-        return
-    train_all([row.training for row in ablation.rows], arguments.run_dir, arguments.jobs)
-    results = in_parallel(
-        lambda row: results_of(row, ablation, arguments.run_dir, arguments.num_samples), ablation.rows, arguments.jobs
-    )
-    written = {
-        row.label: {"run": row.training.name, **found} for row, found in zip(ablation.rows, results, strict=True)
-    }
-    report = {"budget": vars(budget), "rows": written}
-    (arguments.run_dir / f"{arguments.ablation}.json").write_text(json.dumps(report, indent=2) + "\n")
-    print_table(ablation, results)
+    add_options(parser, Path(os.environ.get("RUNS", "runs")) / "mmcore" / "ablations")
+    options = parser.parse_args()
+    budget = Budget(options.vlm_steps, options.diffusion_steps, options.sft_steps)
+    carry_out(options.ablation, ABLATIONS[options.ablation](budget), vars(budget), options)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def scores(training: Training, run_dir: Path) -> dict[str, float]:
     """Last accuracy of each suite, and the last MSE."""
     lines = read_lines(run_dir / training.name / "pretrain" / "evaluation.jsonl")
     found = {line["suite"]: line["scores"]["accuracy"] for line in lines}
-    return found | {"mse": last_loss(training, "pretrain", "mse", run_dir)}
+    return found | {"mse": last_loss(training, "mse", run_dir)}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ A run is a folder. Beside what training writes into it stand ``training.json`` (
 which are done) and ``train.log``.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,6 +50,29 @@ class Training:
         """What trains a stage."""
         where = ["--stage", stage, "--run-dir", str(run_dir / self.name)]
         return [*UNIMM, "train", self.recipe, *where, *self.overrides]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table, and the run that is scored for it."""
+
+    label: str
+    training: Training
+    paper: tuple[str, ...] = ()
+    """What the paper has for it, column by column."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table."""
+
+    title: str
+    rows: tuple[Row, ...]
+    figures: dict[str, str]
+    """Columns: a title, and what of a row's results stands there: a loss term, or ``SUITE/SCORE``."""
+    paper: tuple[str, ...] = ()
+    """Titles of the paper's columns."""
+    suites: tuple[str, ...] = ("shapes",)
 
 
 def distinct(trainings: Sequence[Training]) -> list[Training]:
@@ -93,7 +118,7 @@ def train(training: Training, run_dir: Path) -> None:
     _link_stages(training, run_dir)
     for stage in training.stages:
         if stage not in known["done"]:
-            _run(training.command(stage, run_dir), folder / LOG)
+            run_logged(training.command(stage, run_dir), folder / LOG)
             known["done"].append(stage)
             (folder / PLAN).write_text(json.dumps(known, indent=2) + "\n")
 
@@ -103,7 +128,7 @@ def evaluate(training: Training, suite: str, run_dir: Path, num_samples: int) ->
     folder = run_dir / training.name
     result = folder / f"{suite}_{num_samples}.json"
     if not result.exists():
-        _run(evaluation_command(training, suite, run_dir, num_samples), folder / LOG)
+        run_logged(evaluation_command(training, suite, run_dir, num_samples), folder / LOG)
     return json.loads(result.read_text())["scores"]
 
 
@@ -113,10 +138,72 @@ def evaluation_command(training: Training, suite: str, run_dir: Path, num_sample
     return [*UNIMM, "evaluate", *model, "--to", str(folder / f"{suite}_{num_samples}.json")]
 
 
-def last_loss(training: Training, stage: str, term: str, run_dir: Path) -> float:
-    """Mean of a loss term over the last records of a stage."""
-    records = read_lines(run_dir / training.name / stage / "metrics.jsonl")[-LAST_RECORDS:]
-    return sum(record["losses"][term] for record in records) / len(records)
+def last_loss(training: Training, term: str, run_dir: Path) -> float | None:
+    """Mean of a loss term over the last records of the last stage that has it, of a run and those that it starts from;
+    None where none has."""
+    for each in reversed(training.chain()):
+        records = read_lines(run_dir / each.name / each.stages[-1] / "metrics.jsonl")[-LAST_RECORDS:]
+        if term in records[-1]["losses"]:
+            return sum(record["losses"][term] for record in records) / len(records)
+    return None
+
+
+def results_of(row: Row, ablation: Ablation, run_dir: Path, num_samples: int) -> dict[str, float]:
+    """The last values of loss terms that are shown, where there are any, and all scores as ``SUITE/SCORE``."""
+    terms = [key for key in ablation.figures.values() if "/" not in key]
+    losses = {term: last_loss(row.training, term, run_dir) for term in terms}
+    found = {term: loss for term, loss in losses.items() if loss is not None}
+    for suite in ablation.suites:
+        scores = evaluate(row.training, suite, run_dir, num_samples)
+        found |= {f"{suite}/{name}": score for name, score in scores.items()}
+    return found
+
+
+def commands(ablation: Ablation, run_dir: Path, num_samples: int) -> list[str]:
+    """All that is run, one after the other."""
+    trainings = distinct([row.training for row in ablation.rows])
+    trained = [each.command(stage, run_dir) for each in trainings for stage in each.stages]
+    scored = [
+        evaluation_command(row.training, suite, run_dir, num_samples)
+        for row in ablation.rows
+        for suite in ablation.suites
+    ]
+    return [shown(command) for command in [*trained, *scored]]
+
+
+def add_options(parser: argparse.ArgumentParser, run_dir: Path) -> None:
+    """What every tool asks for."""
+    parser.add_argument("--run-dir", type=Path, default=run_dir, help="folder of all runs  [%(default)s]")
+    parser.add_argument("--num-samples", type=int, default=20, help="as of unimm evaluate  [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at a time, one core each  [%(default)s]")
+    parser.add_argument("--print", action="store_true", help="print the commands and run none")
+
+
+def carry_out(name: str, ablation: Ablation, budget: dict[str, int], options: argparse.Namespace) -> None:
+    """Train and score the rows of a table, print it, and write ``RUN_DIR/NAME.json``; or print the commands.
+
+    Args:
+        budget: of every row, for the report.
+        options: of :func:`add_options`.
+    """
+    if options.print:
+        print("\n".join(commands(ablation, options.run_dir, options.num_samples)))
+        return
+    train_all([row.training for row in ablation.rows], options.run_dir, options.jobs)
+    score = partial(results_of, ablation=ablation, run_dir=options.run_dir, num_samples=options.num_samples)
+    results = in_parallel(score, ablation.rows, options.jobs)
+    rows = {row.label: {"run": row.training.name, **found} for row, found in zip(ablation.rows, results, strict=True)}
+    report = {"budget": budget, "rows": rows}
+    (options.run_dir / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    print_table(ablation, results)
+
+
+def print_table(ablation: Ablation, results: Sequence[dict[str, float]]) -> None:
+    rows = []
+    for row, found in zip(ablation.rows, results, strict=True):
+        cells = [f"{found[key]:.3f}" if key in found else "-" for key in ablation.figures.values()]
+        rows.append((row.label, *cells, *row.paper))
+    show(f"{ablation.title}, in the Shapes world", ("", *ablation.figures, *ablation.paper), rows)
 
 
 def shown(command: Sequence[str]) -> str:
@@ -148,7 +235,12 @@ def _link_stages(training: Training, run_dir: Path) -> None:
                 link.symlink_to(os.path.relpath(run_dir / before.name / stage, folder))
 
 
-def _run(command: Sequence[str], log: Path) -> None:
+def run_logged(command: Sequence[str], log: Path) -> None:
+    """On one core, its output behind what the log has.
+
+    Raises:
+        SystemExit: it failed; says where to look.
+    """
     with log.open("a") as file:
         print(f"$ {shown(command)}", file=file, flush=True)
         one_core = os.environ | {"OMP_NUM_THREADS": "1"}

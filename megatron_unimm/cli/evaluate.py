@@ -19,6 +19,7 @@ Examples:
 Suites:
   shapes            pictures, edits and answers in the Shapes world, judged on pixels
   shapes_sessions   two edits in a conversation, with and without its history, and choices among many pictures
+  shapes_scales     agreement of one prompt's pictures over a model's scales
   shapes_qa         exact match of answers about held-out scenes
   shapes_retrieval  generated visual tokens of held-out captions against 64 pictures
   geneval_images    images for GenEval, and its scores from a detector's boxes
@@ -38,8 +39,8 @@ Suites:
 @click.option(
     "--num-samples",
     type=click.IntRange(min=1),
-    help="Questions or captions; of shapes, prompts of each kind; of geneval_images, images of each prompt.  "
-    "[default: the suite's]",
+    help="Questions or captions; of shapes and shapes_scales, prompts of each kind; of geneval_images, images of each "
+    "prompt.  [default: the suite's]",
 )
 @click.option(
     "--base",

@@ -94,7 +94,11 @@ def painting(command: Command) -> Command:
             ),
             click.option("--steps", type=click.IntRange(min=1), help="Steps from noise to picture."),
             click.option("--guidance-scale", type=click.FloatRange(min=0), help="Of the condition; 1 is none."),
-            click.option("--image-guidance-scale", type=click.FloatRange(min=0), help="Of images that are edited."),
+            click.option(
+                "--image-guidance-scale",
+                type=click.FloatRange(min=0),
+                help="Of images that are edited, where the model tells them from its condition.",
+            ),
             click.option("--solver", type=click.Choice(["euler", "heun", "dpm++2m"]), help="What takes the steps."),
         )
     ):

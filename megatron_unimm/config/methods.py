@@ -207,11 +207,14 @@ class HieraQueryConfig(Section):
     name: Literal["hieraquery"]
     trunk: ClassVar[Trunk] = "mmdit"
     query_section: ClassVar[Literal["", "queries", "hieraquery"]] = "hieraquery"
-    looks_back: ClassVar[bool] = True
     flow: FlowConfig = FlowConfig()
     sampler: SamplerConfig = SamplerConfig(guidance_scale=5.0)
     """How pictures are drawn unless the command says otherwise (guidance of 5 as in Ming-Lite-Omni's code). Source
     pictures are there with and without the condition."""
+    shows_sources: bool = True
+    """Whether a picture sees the latents of those before it in its conversation. Where not, all that is known of these
+    is what the VLM's queries say, and every picture is drawn by itself. A transformer that sees one picture at a time
+    (SANA) needs false."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of pictures, at each scale by itself, that are drawn from no condition (zeros), for guidance. The paper
     gives none; MetaQuery has 0.1."""
@@ -219,7 +222,7 @@ class HieraQueryConfig(Section):
     """null for none."""
     max_frames: int = Field(default=8, gt=0)
     """Pictures of a conversation that a transformer without rotary positions can tell apart (SD3: a vector that is
-    added to each picture's tokens, zero at the start)."""
+    added to each picture's tokens, zero at the start). Without ``shows_sources`` only the first vector is used."""
     embedded_guidance: float = Field(default=3.5, ge=0)
     """What a guidance-distilled model (FLUX.1-dev) gets as its guidance scale."""
 
@@ -231,6 +234,11 @@ class HieraQueryConfig(Section):
                 f"sampler.image_guidance_scale is {scale}, but there is one condition alone; leave it at 1"
             )
         return self
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a picture sees those before it."""
+        return self.shows_sources
 
     def tensor_sharded(self, hidden_size: int) -> dict[str, int]:
         """Nothing beyond the diffusion transformer and the connector of the section hieraquery."""

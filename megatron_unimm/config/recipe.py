@@ -53,9 +53,11 @@ class StageConfig(Section):
             if self.generator.vae is None:
                 raise ValueError(f"method {self.method.name} draws through a VAE; give its section generator.vae")
             if self.method.looks_back and not self.generator.mmdit.looks_back:
+                by_itself = isinstance(self.method, HieraQueryConfig)
                 raise ValueError(
                     f"method {self.method.name} shows a picture those before it, which generator.mmdit.family "
                     f"{self.generator.mmdit.family} cannot; take sd3 or flux"
+                    f"{', or set method.shows_sources to false' if by_itself else ''}"
                 )
             if self.data.drawing_size is None:
                 raise ValueError(f"method {self.method.name} draws pictures; give their size, data.drawing_size")

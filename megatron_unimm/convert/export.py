@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,9 @@ def describe(ckpt_dir: Path, manifest: Manifest, reader: Reader) -> Model:
     members[0].mappings.extend(_found(reader, CARRIED))
     if LANGUAGE_MODEL in meta:
         members.append(_member(LANGUAGE_MODEL, meta[LANGUAGE_MODEL], reader, where))
-    parts = {part: found for part in PARTS if (found := _found(reader, f"{part}."))}
+    taken = {mapping.megatron for member in members for mapping in member.mappings}
+    # A connector's language model (convert/qwen2.py) has a part's names by itself.
+    parts = {part: found for part in PARTS if (found := _found(reader, f"{part}.", taken))}
     configs = {part: part_config(part, meta, where) for part in parts}
     _check_parts(parts, configs, members, where)
     model = Model(members, parts, configs, find_adapters(reader.tensors, meta, where))
@@ -167,9 +169,9 @@ def _check_parts(
     )
 
 
-def _found(reader: Reader, prefix: str) -> list[Mapping]:
-    """The tensors under a prefix, which go to a folder under the rest of their names."""
-    keys = sorted(key for key in reader.tensors if key.startswith(prefix))
+def _found(reader: Reader, prefix: str, taken: Collection[str] = ()) -> list[Mapping]:
+    """The tensors under a prefix, but those that are taken, which go to a folder under the rest of their names."""
+    keys = sorted(key for key in reader.tensors if key.startswith(prefix) and key not in taken)
     return [same(key.removeprefix(prefix), reader.tensors[key].shape, prefix) for key in keys]
 
 

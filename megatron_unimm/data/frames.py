@@ -10,6 +10,9 @@ drawing (1) and its edit (2), with conditions c:
 
 The VLM reads the same conversation in a row of its own, from which the conditions come.
 
+Without ``shows_sources`` nothing is there clean, and pictures that are not drawn are no frames: each frame is a sample
+of its own.
+
 A picture may be drawn at several scales (HieraQuery, section 3.1), each from queries of its own. Then a conversation's
 pictures are there once per scale, and frames of one scale see none of another: they are like those of samples of their
 own. A view is a picture at a scale.
@@ -59,6 +62,9 @@ from megatron_unimm.data.workers import laid_out, void
 from megatron_unimm.errors import UserError
 from megatron_unimm.models.mmdit.frames import Frames
 
+UNIFORM = ("uniform", "text_uniform", "visual_uniform")
+"""What is random about each view."""
+
 
 @dataclass(frozen=True)
 class FrameSample:
@@ -83,6 +89,8 @@ class FrameSample:
     """Of view i: noise_seed + i."""
     queries: tuple[int, ...]
     """Of each scale."""
+    shows_sources: bool = True
+    """Whether a view sees those before it; else all views are drawn."""
     has_words: bool = True
     """False where pictures are drawn without: then words take up no places."""
     learned: bool = True
@@ -113,7 +121,8 @@ class FrameSample:
         """Views as they lie in the image stream, and whether clean."""
         views, count = range(len(self.sizes)), self.num_pictures
         drawn = [(view, False) for view in views if self.is_drawn[view]]
-        return sorted(drawn + [(view, True) for view in views if (view + 1) % count])
+        clean = [(view, True) for view in views if (view + 1) % count and self.shows_sources]
+        return sorted(drawn + clean)
 
     @property
     def num_words(self) -> np.ndarray:
@@ -209,7 +218,7 @@ class FrameWork:
 
     Args:
         scales: at which pictures are drawn.
-        pathways, earlier_latents: see ``config/methods.py``.
+        pathways, earlier_latents, shows_sources: see ``config/methods.py``.
         with_targets: the vision encoder looks at pictures to be drawn (at ``data.generation_size``).
         stream_multiple: both streams of a row take up a multiple of this many tokens (tensor and context parallel).
         vlm_alignment, vlm_multiple: each sample of the VLM's row, and all of it, take up a multiple of so many tokens.
@@ -225,6 +234,7 @@ class FrameWork:
     max_frames: int
     pathways: Pathways = "both"
     earlier_latents: bool = False
+    shows_sources: bool = True
     stream_multiple: int = 1
     vlm_alignment: int = 1
     vlm_multiple: int = 1
@@ -276,7 +286,7 @@ class FrameWork:
             row = self.data.sequence_length
             what = f"{len(found)} tokens, but data.sequence_length {row} has room for {self.room}"
             raise SampleError(sample.id, f"{what}; raise it or lower the image sizes", "too long")
-        if found.num_pictures > self.max_frames:
+        if found.num_pictures > self.max_frames and self.shows_sources:
             what = f"{found.num_pictures} pictures, but method.max_frames is {self.max_frames}; raise it"
             raise SampleError(sample.id, what, "too many pictures")
         return found
@@ -298,6 +308,7 @@ class FrameWork:
         """
         scales = scales or self.scales
         shown = [(part, turn.role == "assistant") for turn in turns for part in turn.parts if isinstance(part, int)]
+        shown = [(part, drawn) for part, drawn in shown if drawn or self.shows_sources]
         pictures = [self.picture_size(sizes[index]) for index, _ in shown]
         numbers = np.random.Generator(np.random.Philox(key=key))
         count = len(shown) * len(scales.queries)
@@ -317,6 +328,7 @@ class FrameWork:
             visual_uniform=numbers.random(count),
             noise_seed=int(numbers.integers(1 << 62)),
             queries=scales.queries,
+            shows_sources=self.shows_sources,
             has_words=self.draws_from("text"),
             target_grids=self._target_grids(layout, sizes) if self.with_targets else None,
         )
@@ -351,13 +363,17 @@ class FrameWork:
         only = PictureScales((self.scales.queries[scale],), (self.scales.shares[scale],))
         found = replace(self.frames_of(layout, turns, sizes, 0, only), target_grids=None)
         last = len(found.sizes) - 1
-        if last >= self.max_frames:
+        if last >= self.max_frames and self.shows_sources:
             what = f"are {last}, but the model tells {self.max_frames} apart, the new one included; give fewer"
             raise UserError("pictures", what)
         if self.earlier_latents:
             return found
         read = replace(layout, text_index=layout.text_index[-1:])
-        return replace(found, layout=read, is_drawn=np.arange(last + 1) == last)
+        found = replace(found, layout=read, is_drawn=np.arange(last + 1) == last)
+        if self.shows_sources:
+            return found
+        own = {name: vars(found)[name][-1:] for name in ("image_index", "sizes", "is_drawn", *UNIFORM)}
+        return replace(found, **own)
 
     def with_patches(self, sample: FrameSample, pictures: Sequence[np.ndarray]) -> FrameSample:
         """With what the VLM reads of its pictures (uint8 (H, W, 3))."""
@@ -370,6 +386,19 @@ class FrameWork:
             parts.append(images.patchify(pixels, encoder)[0])
         tokens = replace(layout.tokens, patches=np.concatenate(parts))
         return replace(sample, layout=replace(layout, tokens=tokens))
+
+    def pictures_before(self, sample: FrameSample, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """All views of a conversation but the last, uint8 (H, W, 3), as they are drawn.
+
+        Args:
+            pictures: of the conversation, uint8 (H, W, 3).
+        """
+        side, rule = self.generator.token_pixels, self.data.drawing_size
+        assert rule is not None
+        return [
+            images.resize(pictures[index], int(columns) * side, int(rows) * side, crop=rule.crop, filter=rule.filter)
+            for index, (rows, columns) in zip(sample.image_index[:-1], sample.sizes[:-1], strict=True)
+        ]
 
     # -- what its images hold
 
@@ -444,8 +473,8 @@ class FrameWork:
         """Conditions in front, pictures behind, each stream filled up with padding."""
         # Pictures that are only drawn have none.
         has_targets = self.with_targets and all(sample.target_grids is not None for sample in samples)
-        places = [(place, number, clean) for place, sample in enumerate(samples) for number, clean in sample.entries]
-        frames = _frames(samples, places, self.earlier_latents)
+        places = places_of(samples)
+        frames = frames_of(samples, self.earlier_latents)
         layouts = [sample.layout for sample in samples]
         length = sum(round_up(len(layout), self.vlm_alignment) for layout in layouts)
         length = round_up(max(1, length), self.vlm_multiple)
@@ -525,14 +554,22 @@ def up_to_last_drawing(turns: Sequence[Turn]) -> list[Turn]:
     return kept
 
 
-def _frames(samples: Sequence[FrameSample], places: Sequence[tuple[int, int, bool]], earlier_latents: bool) -> Frames:
+def places_of(samples: Sequence[FrameSample]) -> list[tuple[int, int, bool]]:
+    """Of each frame of a row, its sample, its view in that, and whether it is there clean."""
+    return [(place, view, clean) for place, sample in enumerate(samples) for view, clean in sample.entries]
+
+
+def frames_of(samples: Sequence[FrameSample], earlier_latents: bool = False) -> Frames:
+    """Of a row of samples."""
+    places = places_of(samples)
     count = len(places)
     conditions = [0 if clean else int(samples[place].num_condition[view]) for place, view, clean in places]
     latents = [0 if clean else int(samples[place].num_queries[view]) for place, view, clean in places]
-    # Each scale counts as a sample of its own.
-    scales = np.cumsum([0, *(len(sample.queries) for sample in samples)])
-    split = [divmod(view, samples[place].num_pictures) for place, view, _ in places]
-    found = [scales[place] + scale for (place, _, _), (scale, _) in zip(places, split, strict=True)]
+    # Each scale counts as a sample of its own; without sources each view does.
+    pictures = [sample.num_pictures if sample.shows_sources else 1 for sample in samples]
+    first = np.cumsum([0, *(len(sample.sizes) // each for sample, each in zip(samples, pictures, strict=True))])
+    split = [divmod(view, pictures[place]) for place, view, _ in places]
+    found = [first[place] + own for (place, _, _), (own, _) in zip(places, split, strict=True)]
     return Frames(
         sizes=np.array([samples[place].sizes[view] for place, view, _ in places], dtype=np.int64).reshape(count, 2),
         num_condition=np.array(conditions, dtype=np.int64),

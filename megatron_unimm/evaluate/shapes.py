@@ -7,6 +7,9 @@ reach on the true pictures of the same prompts, which tells where a loss comes f
     overall_vae      true picture -> VAE -> picture                             -> scorer
     overall_decoder  true picture -> vision encoder -> diffusion decoder, VAE   -> scorer
     overall          prompt -> language model, vision head -> decoder, VAE      -> scorer
+
+Of a model whose queries nothing but drawing teaches (HieraQuery) there is nothing true for the decoder to draw from,
+and no score of that.
 """
 
 import json
@@ -89,13 +92,15 @@ class Drawn:
     """What became of one prompt."""
 
     right: bool
-    decoder_right: bool
+    decoder_right: bool | None
+    """None where nothing is drawn from true visual tokens; so is the next but two."""
     vae_right: bool
     scorer_right: bool
-    squared_error: float
+    squared_error: float | None
     """Of the decoder's picture from the true visual tokens, mean over its numbers, in squared grey levels."""
     pictures: tuple[np.ndarray, ...] = ()
-    """For the sheet: generated, by the decoder, by the VAE; empty for most prompts, they would travel for nothing."""
+    """For the sheet: generated, by the VAE, and by the decoder where it draws any; empty for most prompts, they would
+    travel for nothing."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +164,18 @@ def draw(generator: Generator, items: Sequence[PromptItem]) -> list[Drawn]:
     ]
     generated = _pixels(generator, prompts)
     truth = [items[i].picture for i in mine]
-    decoded, round_trips = _again(generator.reconstruct, truth), _again(generator.vae_round_trip, truth)
+    round_trips = _again(generator.vae_round_trip, truth)
+    decoded = _again(generator.reconstruct, truth) if generator.reconstructs else [None] * len(truth)
     results: dict[int, Drawn] = {}
     for i, ours, by_decoder, by_vae in zip(mine, generated, decoded, round_trips, strict=True):
         prompt, true = items[i].prompt, items[i].picture
         results[i] = Drawn(
             right=is_correct(prompt, ours),
-            decoder_right=is_correct(prompt, by_decoder),
+            decoder_right=None if by_decoder is None else is_correct(prompt, by_decoder),
             vae_right=is_correct(prompt, by_vae),
             scorer_right=is_correct(prompt, true),
-            squared_error=squared_error(by_decoder, true),
-            pictures=(ours, by_decoder, by_vae) if i < SHEET_DRAWN else (),
+            squared_error=None if by_decoder is None else squared_error(by_decoder, true),
+            pictures=(ours, by_vae, *([] if by_decoder is None else [by_decoder])) if i < SHEET_DRAWN else (),
         )
     return gather(generator, results)
 
@@ -241,15 +247,17 @@ def summarise(
     """Scores and counts of pictures and edits."""
     prompts = [item.prompt for item in samples.prompts]
     ours = by_kind(prompts, [d.right for d in drawn])
+    by_decoder = [d.decoder_right for d in drawn if d.decoder_right is not None]
+    errors = [d.squared_error for d in drawn if d.squared_error is not None]
     verdicts = [e.verdict for e in edited]
     whole = [v.succeeded and v.untouched for v in verdicts]
     scores = {
         "overall": ours.overall,
         **ours.by_kind,
-        "overall_decoder": by_kind(prompts, [d.decoder_right for d in drawn]).overall,
+        **({"overall_decoder": by_kind(prompts, by_decoder).overall} if by_decoder else {}),
         "overall_vae": by_kind(prompts, [d.vae_right for d in drawn]).overall,
         "overall_scorer": by_kind(prompts, [d.scorer_right for d in drawn]).overall,
-        "reconstruction_psnr": decibels([d.squared_error for d in drawn]),
+        **({"reconstruction_psnr": decibels(errors)} if errors else {}),
         "editing": float(np.mean(whole)),
         "editing/success": float(np.mean([v.succeeded for v in verdicts])),
         "editing/untouched": float(np.mean([v.untouched for v in verdicts])),
@@ -266,12 +274,17 @@ def summarise(
 
 
 def sheet(samples: ShapesSamples, drawn: Sequence[Drawn], edited: Sequence[Edited]) -> list[tuple[str, np.ndarray]]:
-    """A row each of true pictures, VAE round trips and the decoder's, rows of generated ones, and of edits in pairs."""
+    """A row each of true pictures, VAE round trips and, where there are any, the decoder's, rows of generated ones, and
+    of edits in pairs."""
     shown = list(zip(samples.prompts, drawn, strict=True))
     first = shown[:SHEET_COLUMNS]
     cells = [(f"true picture\n{item.prompt.caption}", item.picture) for item, _ in first]
-    cells += [(f"VAE alone: {_word(found.vae_right)}", found.pictures[2]) for _, found in first]
-    cells += [(f"decoder on true tokens: {_word(found.decoder_right)}", found.pictures[1]) for _, found in first]
+    cells += [(f"VAE alone: {_word(found.vae_right)}", found.pictures[1]) for _, found in first]
+    cells += [
+        (f"decoder on true tokens: {_word(bool(found.decoder_right))}", found.pictures[2])
+        for _, found in first
+        if found.decoder_right is not None
+    ]
     cells += [
         (f"{item.prompt.kind}: {_word(found.right)}\n{item.prompt.caption}", found.pictures[0])
         for item, found in shown[:SHEET_DRAWN]

@@ -8,6 +8,7 @@ from megatron_unimm.evaluate import (
     shapes,
     shapes_qa,
     shapes_retrieval,
+    shapes_scales,
     shapes_sessions,
 )
 from megatron_unimm.evaluate.suite import Suite
@@ -17,6 +18,7 @@ SUITES: dict[str, Suite] = {
     for suite in (
         shapes.SUITE,
         shapes_sessions.SUITE,
+        shapes_scales.SUITE,
         shapes_qa.SUITE,
         shapes_retrieval.SUITE,
         geneval_images.SUITE,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_unimm.config.flow import SamplerConfig
+from megatron_unimm.errors import UserError
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -53,6 +54,22 @@ def num_conditions(sampler: SamplerConfig) -> int:
     other."""
     if sampler.image_guidance_scale != 1.0:
         return 3
+    return 1 if sampler.guidance_scale == 1.0 else 2
+
+
+def num_of_one_condition(sampler: SamplerConfig) -> int:
+    """The same where there is one condition, and the pictures before are there with and without it (HieraQuery).
+
+    Raises:
+        UserError: a scale for these pictures is asked for.
+    """
+    if sampler.image_guidance_scale != 1.0:
+        what = (
+            f"is {sampler.image_guidance_scale:g}, but this model never learned to draw an edit without the pictures "
+            "before it, so that there is nothing to guide away from; leave it out (guidance_scale is that of all that "
+            "the language model says)"
+        )
+        raise UserError("image_guidance_scale", what)
     return 1 if sampler.guidance_scale == 1.0 else 2
 
 

@@ -151,6 +151,11 @@ class Generator:
         return self.painter is not None
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether :meth:`reconstruct` has something true to draw pictures from."""
+        return self.paints
+
+    @property
     def num_scales(self) -> int:
         """At which it draws every picture."""
         return 1

@@ -37,6 +37,7 @@ def generation_stage(
         ),
         precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
         timeout_minutes=stage.system.timeout_minutes,
+        cpu_threads=stage.system.cpu_threads,
     )
     # Rows are never packed to this length here; it only has to divide.
     stage.data.sequence_length = round_up(stage.data.sequence_length, 2 * parallel.tensor * parallel.context)
@@ -98,6 +99,7 @@ def drawing_stage(
         ),
         precision=PrecisionConfig(dtype=dtype or stage.system.precision.dtype),
         timeout_minutes=stage.system.timeout_minutes,
+        cpu_threads=stage.system.cpu_threads,
     )
     stage.data.latent_cache = "none"  # nothing is compared with, so that the last stage needs no VAE
     multiple = parallel.tensor * parallel.context  # as in generation_stage()

@@ -20,7 +20,6 @@ from megatron_unimm.checkpoint.manifest import read_meta
 from megatron_unimm.config.flow import SamplerConfig
 from megatron_unimm.config.layout import check_layout, stream_multiple
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.data import images
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.packing import round_up
@@ -147,6 +146,8 @@ class FramePainter(BasePainter, Generic[ChunkT]):
 
     part: ClassVar[str]
     """What the meta of its checkpoints describes."""
+    has_teacher: ClassVar[bool] = False
+    """Whether :meth:`teacher_latents` knows what the model should say of a picture."""
 
     @classmethod
     def build(cls, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> list[ChunkT]:
@@ -175,7 +176,11 @@ class FramePainter(BasePainter, Generic[ChunkT]):
         raise NotImplementedError
 
     def num_conditions(self, sampler: SamplerConfig) -> int:
-        """Velocities that a guided one is made of."""
+        """Velocities that a guided one is made of.
+
+        Raises:
+            UserError: guidance by something that the model does not have.
+        """
         raise NotImplementedError
 
     def said(self, drawables: Sequence[Drawable]) -> Any:
@@ -210,8 +215,12 @@ class FramePainter(BasePainter, Generic[ChunkT]):
 
         Args:
             sampler: None for the recipe's.
+
+        Raises:
+            UserError: as :meth:`lay_out` and :meth:`num_conditions`.
         """
         sampler = sampler or self.sampler
+        self.num_conditions(sampler)  # what cannot be guided is refused before anything is worked out
         drawables = [self.lay_out(request) for request in requests]
         done: dict[int, np.ndarray] = {}
         by_size: dict[tuple[int, int, int], list[int]] = {}
@@ -251,14 +260,9 @@ class FramePainter(BasePainter, Generic[ChunkT]):
     def clean_latents(self, drawables: Sequence[Drawable]) -> Tensor:
         """Patches of latents ``[U', F]`` of the pictures before, conversation by conversation (first stage)."""
         assert self.vae is not None
-        mmdit, side, rule = self.generator.mmdit, self.generator.token_pixels, self.work.data.drawing_size
-        assert rule is not None
+        mmdit = self.generator.mmdit
         pictures = [
-            images.resize(
-                each.request.pictures[index], int(columns) * side, int(rows) * side, crop=rule.crop, filter=rule.filter
-            )
-            for each in drawables
-            for index, (rows, columns) in zip(each.sample.image_index[:-1], each.sample.sizes[:-1], strict=True)
+            picture for each in drawables for picture in self.work.pictures_before(each.sample, each.request.pictures)
         ]
         return picture_patches(self.vae, pictures, mmdit.patch_size, mmdit.patch_dim, self.dtype, self.device)
 

@@ -57,6 +57,7 @@ class PathwayPainter(FramePainter[MMCoreDiffusionModel]):
     """
 
     part = "pathways"
+    has_teacher = True
 
     @classmethod
     def build(cls, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> list[MMCoreDiffusionModel]:

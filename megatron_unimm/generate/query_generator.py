@@ -101,6 +101,10 @@ class QueryGenerator(Generator):
         return True
 
     @property
+    def reconstructs(self) -> bool:
+        return self.frames.has_teacher
+
+    @property
     def num_scales(self) -> int:
         return len(self.frames.work.scales.queries)
 

@@ -14,6 +14,7 @@ from megatron_unimm.config.methods import HieraQueryConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
 from megatron_unimm.data.frames import FrameRow, FrameWork
+from megatron_unimm.flow.guidance import num_of_one_condition
 from megatron_unimm.generate.frame_painter import Drawable, FramePainter
 from megatron_unimm.methods.drawing.model import Condition
 from megatron_unimm.methods.hieraquery.method import HieraQuery, frame_work
@@ -52,8 +53,7 @@ class ScalePainter(FramePainter[HieraQueryModel]):
         return torch.zeros(0, self.stage.model.backbone.hidden_size)
 
     def num_conditions(self, sampler: SamplerConfig) -> int:
-        """The pictures before are there in each, so that there is nothing for a second scale."""
-        return 1 if sampler.guidance_scale == 1.0 else 2
+        return num_of_one_condition(sampler)
 
     def at_drawing_size(self, picture: np.ndarray) -> np.ndarray:
         rule = self.stage.data.drawing_size

@@ -1,4 +1,4 @@
-"""MMCORE's diffusion transformer (arXiv 2604.19902, section 3.2) on the blocks of diffusers' SD3Transformer2DModel and
+"""A diffusion transformer that sees the pictures before, on the blocks of diffusers' SD3Transformer2DModel and
 FluxTransformer2DModel.
 
 Their own forward draws a picture from its condition. It has one timestep for everything, so it cannot show a picture
@@ -118,7 +118,6 @@ class Denoiser:
 
     Args:
         frame_embedding: ``[frames, H]``, added to the tokens of each frame by its number (SD3).
-        pooled: the pooled condition of all frames.
         guidance: scale that a guidance-distilled model (FLUX.1-dev) is told.
     """
 
@@ -126,24 +125,25 @@ class Denoiser:
         self,
         transformer: Transformer,
         model: ImageGeneratorConfig,
-        pooled: Tensor,
         frame_embedding: Tensor | None,
         guidance: float,
     ) -> None:
         self.transformer = transformer
         self.model = model
-        self.pooled = pooled
         self.frame_embedding = frame_embedding
         self.guidance = guidance
 
-    def __call__(self, row: FrameRow, condition_VC: Tensor, patches_UF: Tensor, timestep_n: Tensor) -> Tensor:
+    def __call__(
+        self, row: FrameRow, condition_VC: Tensor, pooled: Tensor, patches_UF: Tensor, timestep_n: Tensor
+    ) -> Tensor:
         """``[U, F]``; a patch is (channel, row, column).
 
         Args:
+            pooled: the pooled condition of each frame ``[n, P]``, or of all ``[P]``.
             timestep_n: float32 in [0, 1], 1 is noise; 0 where the frame is clean.
         """
         net: Any = self.transformer
-        activated = F.silu(self._vectors(timestep_n))  # [n, H]
+        activated = F.silu(self._vectors(timestep_n, pooled))  # [n, H]
         text, image = net.context_embedder(condition_VC), self._embed(patches_UF, row)  # [V, H], [U, H]
         for block in net.transformer_blocks:
             text, image = joint_block(block, text, image, activated, row)
@@ -156,15 +156,15 @@ class Denoiser:
         velocity = net.proj_out(_modulated(_norm(image), shift, scale, row.image_frame))
         return velocity if isinstance(self.model.mmdit, FluxConfig) else self._channels_first(velocity)
 
-    def _vectors(self, timestep_n: Tensor) -> Tensor:
+    def _vectors(self, timestep_n: Tensor, pooled: Tensor) -> Tensor:
         """What modulates the blocks, of each frame."""
         embed: Any = self.transformer.time_text_embed
-        dtype = self.pooled.dtype
+        dtype = pooled.dtype
         vectors = embed.timestep_embedder(sinusoid(timestep_n * TIMESTEP_SCALE).to(dtype))
         if self.model.mmdit.guidance:
             guidance = torch.full_like(timestep_n, self.guidance)
             vectors = vectors + embed.guidance_embedder(sinusoid(guidance * TIMESTEP_SCALE).to(dtype))
-        return vectors + embed.text_embedder(self.pooled.expand(len(timestep_n), -1))
+        return vectors + embed.text_embedder(pooled.expand(len(timestep_n), -1))
 
     def _embed(self, patches_UF: Tensor, row: FrameRow) -> Tensor:
         net: Any = self.transformer

@@ -3,6 +3,8 @@ transformer (HieraQuery, section 3.1, eq. 1 to 5).
 
     START_1 q…q END_1 START_2 q……q END_2 … ─ language model ─► hidden states at the q ─ MLP ─ connector ─ MLP ─► tokens
 
+All of it is plain torch, which exports' pipelines (``hub/``) share, but the connector (``models/scale_connector.py``).
+
 Legend  K scales of N_1 … N_K queries, N their sum; F pictures to be drawn, Q = F N: picture by picture, coarse to fine;
         H hidden size of the VLM, C width of the condition, P of the pooled one.
 """
@@ -12,16 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_unimm.config.hieraquery import LanguageConnectorConfig, MultiScaleConfig
-from megatron_unimm.models.attention import PackedContext, Segments
+from megatron_unimm.config.hieraquery import MultiScaleConfig
 from megatron_unimm.models.mmdit.embedding import sincos_table
-from megatron_unimm.models.rotary import inverse_frequencies
-from megatron_unimm.models.specs import block_spec, layer_spec
+
+INIT_STD = 0.02
+"""Of queries and marks at the start; Megatron-Core's for all weights."""
 
 
 class ScaleQueries(nn.Module):
@@ -30,20 +29,19 @@ class ScaleQueries(nn.Module):
 
     places: Tensor
 
-    def __init__(self, model: MultiScaleConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: MultiScaleConfig, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.ends = np.cumsum(model.picture_scales.queries).tolist()
         self.has_marks = model.mode == "learned"
-        std, size = config.init_method_std, config.hidden_size
-        weight = torch.empty(self.ends[-1], size, dtype=config.params_dtype).normal_(std=std)
+        weight = torch.empty(self.ends[-1], hidden_size, dtype=dtype).normal_(std=INIT_STD)
         if not self.has_marks:
             self.weight = nn.Parameter(F.normalize(weight, dim=-1))
             return
         self.weight = nn.Parameter(weight)  # [N, H]
-        marks = torch.empty(len(self.ends), 2, size, dtype=config.params_dtype).normal_(std=std)
+        marks = torch.empty(len(self.ends), 2, hidden_size, dtype=dtype).normal_(std=INIT_STD)
         self.marks = nn.Parameter(marks)  # START and END of each scale
         # Of the length of the queries: of their own they would drown them in the residual stream.
-        places = torch.cat([grid_places(size, *grid) for grid in model.grids]) * (std * 2**0.5)
+        places = torch.cat([grid_places(hidden_size, *grid) for grid in model.grids]) * (INIT_STD * 2**0.5)
         self.register_buffer("places", places, persistent=False)  # [N, H]
 
     def forward(self, embeddings_T1H: Tensor, query_index: Tensor) -> Tensor:
@@ -76,42 +74,6 @@ def grid_places(size: int, rows: int, columns: int) -> Tensor:
     return F.pad(table.flatten(0, 1), (0, size % 4))
 
 
-class ScaleConnector(TransformerBlock):
-    """Layers of a language model, in both directions: the queries of one scale of one picture see one another. Tensor
-    parallel.
-
-    Args:
-        config: see ``language_connector_transformer_config``.
-    """
-
-    def __init__(
-        self, model: LanguageConnectorConfig, config: TransformerConfig, backend: str, groups: ProcessGroupCollection
-    ) -> None:
-        layers = [layer_spec(backend, causal=False) for _ in range(model.num_layers)]
-        super().__init__(config, block_spec(backend, layers), pg_collection=groups)
-        self.model = model
-
-    def refine(self, hidden_QH: Tensor, queries: Sequence[int]) -> Tensor:
-        """``[Q, H']``, of as many pictures as there are; positions count up in each scale.
-
-        Args:
-            queries: of each scale.
-        """
-        if not len(hidden_QH):
-            # Its weights, and what comes before it, take part in every step: one token stands for none.
-            return self.refine(hidden_QH.new_zeros(1, hidden_QH.shape[1]), (1,))[:0] + hidden_QH
-        lengths = np.tile(np.array(queries), len(hidden_QH) // sum(queries))
-        device = hidden_QH.device
-        positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
-        frequencies = inverse_frequencies(self.model.head_size, self.model.rope_theta, device)
-        context = PackedContext.with_angles(
-            positions[:, None].float() * frequencies,
-            hidden_QH.dtype,
-            segments={"full": Segments.build(np.cumsum([0, *lengths]), causal=False, device=device)},
-        )
-        return self(hidden_QH[:, None], attention_mask=None, packed_seq_params=context)[:, 0]
-
-
 class TwoLayers(nn.Module):
     """Linear, GELU, Linear (section 4.2: "we use a two-layer multilayer perceptron")."""
 
@@ -129,8 +91,8 @@ class ScaleAdapters(nn.Module):
 
     Tokens of the condition are told apart by a vector of their place in their scale's grid, sines and cosines at first
     and learned from there, as MMCORE's visual latents (``models/pathways.py``); Ming's weights were trained without.
-    The pooled condition, which text encoders gave the pretrained model, is made of the mean of a picture's tokens (Ming
-    pools them too).
+    The pooled condition (where the transformer has one), which text encoders gave the pretrained model, is made of the
+    mean of a picture's tokens (Ming pools them too).
     """
 
     def __init__(self, model: MultiScaleConfig, hidden_size: int, condition_size: int, pooled_size: int) -> None:
@@ -138,7 +100,7 @@ class ScaleAdapters(nn.Module):
         inner = model.connector.hidden_size
         self.inward = TwoLayers(hidden_size, inner, inner) if hidden_size != inner else nn.Identity()
         self.outward = TwoLayers(inner, condition_size, condition_size) if inner != condition_size else nn.Identity()
-        self.pooled = TwoLayers(condition_size, condition_size, pooled_size)
+        self.pooled = TwoLayers(condition_size, condition_size, pooled_size) if pooled_size else None
         self.has_places = model.mode == "learned"
         if self.has_places:
             places = torch.cat([grid_places(condition_size, *grid) for grid in model.grids])
@@ -153,12 +115,15 @@ class ScaleAdapters(nn.Module):
             return condition + self.place[:0]
         return condition + self.place.repeat(len(condition) // len(self.place), 1)
 
-    def pool(self, condition_VC: Tensor, frame_of_token: Tensor, num_frames: int) -> Tensor:
-        """``[num_frames, P]`` of the mean of each frame's tokens; frames without any have zeros in its place.
+    def pool(self, condition_VC: Tensor, frame_of_token: Tensor, num_frames: int) -> Tensor | None:
+        """``[num_frames, P]`` of the mean of each frame's tokens; frames without any have zeros in its place. None for
+        a transformer without a pooled condition (SANA).
 
         Args:
             frame_of_token: int64 ``[V]``.
         """
+        if self.pooled is None:
+            return None
         sums = condition_VC.new_zeros(num_frames, condition_VC.shape[1]).index_add(0, frame_of_token, condition_VC)
         ones = torch.ones_like(frame_of_token, dtype=condition_VC.dtype)
         counts = ones.new_zeros(num_frames).index_add(0, frame_of_token, ones)

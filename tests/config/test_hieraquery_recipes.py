@@ -8,7 +8,7 @@ from megatron_unimm.config.layout import check_layout, chunk_of_layer
 from megatron_unimm.config.load import load_recipe
 from megatron_unimm.data.sizes import check_size
 
-LARGE = ("ming_lite_omni", "qwen3_vl_30b_a3b")
+LARGE = tuple(f"{vlm}{dit}" for vlm in ("ming_lite_omni", "qwen3_vl_30b_a3b") for dit in ("", "_sana"))
 
 
 @pytest.mark.parametrize("name", [*LARGE, "shapes"])
@@ -26,6 +26,9 @@ def test_stages_and_sizes(name: str, repo: Path) -> None:
         assert [float(share) for share in stage.scales.shares] == [0.25, 0.5, 1.0]
         check_size(stage.data.drawing_size, stage.generator.token_pixels * stage.scales.multiple, "data.drawing_size")
         check_layout(stage, 1 if name == "shapes" else 512)
+        # Section 4.2 has both; SANA sees one picture at a time.
+        assert stage.generator.mmdit.family == ("sana" if name.endswith("_sana") else "sd3")
+        assert stage.method.shows_sources != name.endswith("_sana")
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -244,6 +244,8 @@ def test_a_trunk_of_sana(layout: str, message: str, repo: Path, tmp_path: Path) 
     assert str(caught.value).startswith(message)
 
 
-def test_mmcore_needs_a_transformer_that_looks_back(repo: Path, tmp_path: Path) -> None:
+def test_methods_that_need_a_transformer_that_looks_back(repo: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method mmcore_\w+ shows a picture those before it, which .* sana cannot"):
         with_sana("mmcore/qwen2_5_vl_7b", repo, tmp_path)
+    with pytest.raises(ConfigError, match=r"sana cannot; take sd3 or flux, or set method.shows_sources to false"):
+        with_sana("hieraquery/ming_lite_omni", repo, tmp_path)

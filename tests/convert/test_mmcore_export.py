@@ -19,8 +19,21 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from tiny_mmcore import ASKED, CONNECTOR, DUAL, FLUX, LORA, PLAIN, QWEN3, make_run, picture
+from safetensors.torch import load_file
+from tiny_mmcore import (
+    ASKED,
+    CONNECTOR,
+    DUAL,
+    FLUX,
+    LORA,
+    PLAIN,
+    QWEN3,
+    cut,
+    dropped,
+    make_run,
+    picture,
+    without,
+)
 
 from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX
 from megatron_unimm.checkpoint.manifest import read_meta
@@ -281,27 +294,6 @@ def test_a_vlm_alone(exported: Folders, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- refusals
-
-
-def without(part: str) -> Callable[[Path], None]:
-    return lambda folder: shutil.rmtree(folder / part)
-
-
-def cut(part: str, name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        tensors = load_file(folder / part / "model.safetensors")
-        save_file({**tensors, name: tensors[name][:-1].clone()}, folder / part / "model.safetensors")
-
-    return change
-
-
-def dropped(part: str, name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        tensors = load_file(folder / part / "model.safetensors")
-        del tensors[name]
-        save_file(tensors, folder / part / "model.safetensors")
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from megatron_unimm.config.hieraquery import LanguageConnectorConfig
 from megatron_unimm.config.parallel import PrecisionConfig, SystemConfig
 from megatron_unimm.convert.export import export_checkpoint
 from megatron_unimm.convert.import_ import import_checkpoint
-from megatron_unimm.models.scales import ScaleConnector
+from megatron_unimm.models.scale_connector import ScaleConnector
 from megatron_unimm.models.transformer_config import language_connector_transformer_config
 from megatron_unimm.parallel.groups import destroy_groups, initialize_groups
 from megatron_unimm.parallel.platform import select_platform

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from megatron_unimm.config.data import SampleKind
 from megatron_unimm.config.methods import DropoutSchedule
 from megatron_unimm.config.mmdit import ImageGeneratorConfig
-from megatron_unimm.config.queries import QueryVlmConfig
+from megatron_unimm.config.queries import PictureScales, QueryVlmConfig
 from megatron_unimm.data.chat import ChatFormat
 from megatron_unimm.data.conditions import VISUAL, WORDS, ConditionStore
 from megatron_unimm.data.decode.build import build_decoder
@@ -198,6 +199,38 @@ def test_session_of_three(make_chat, files) -> None:
     assert row.num_images == 2
     assert (row.num_text, row.num_padding) == (26, 256 - 26 - 20)
     assert row.conversation.grids.tolist() == [[1, 2, 4], [1, 4, 4]], "the VLM reads the last one not"
+
+
+def test_without_sources_drawings_stand_alone(make_chat, files) -> None:
+    """What is given is no frame and none is there clean, with both scales of both drawings samples of their own; the
+    VLM still reads all. A new picture is drawn likewise, whatever their number."""
+    both = PictureScales((1, 2), (Fraction(1, 2), Fraction(1)))
+    wide = {"rule": "buckets", "sizes": [[16, 16], [24, 16], [16, 24]]}
+    work = replace(
+        work_of(make_chat(system_prompt="", drawing_size=wide), session(files), max_frames=1, shows_sources=False),
+        scales=both,
+        pathways="visual",
+    )
+    row = row_of(work)
+    assert frames(row) == [
+        (0, 0, "noisy", [2, 2], 1),
+        (1, 0, "noisy", [3, 2], 1),
+        (2, 0, "noisy", [4, 4], 2),
+        (3, 0, "noisy", [6, 4], 2),
+    ]
+    assert not row.frames.look_back
+    # Two pictures of three queries each, as the VLM has them; in the text stream coarse ones first.
+    assert row.condition_order.tolist() == [0, 3, 1, 2, 4, 5]
+    assert row.pictures.tolist() == [[2, 2], [3, 2], [4, 4], [6, 4]]
+    assert row.token_of.tolist() == list(range(4 + 6 + 16 + 24))
+    assert row.noise.any(axis=1).all()
+    # The given picture and the first drawing.
+    assert len(row.conversation.grids) == 2
+    turns = [*session(files).turns[:2], Turn("user", ("blue",))]
+    new = work.frames_to_draw(turns, [(56, 28), (60, 60), (28, 84)], scale=0)
+    assert (new.sizes.tolist(), new.is_drawn.tolist(), new.image_index) == ([[3, 2]], [True], (2,))
+    assert frames(work.row([new])) == [(0, 0, "noisy", [3, 2], 1)]
+    assert work.pictures_before(new, []) == []
 
 
 def test_several_pictures(make_chat, files) -> None:

@@ -42,10 +42,14 @@ class FakeGenerator:
         paints: bool = True,
         origin: str = "runs/fake",
         decoder: str = "runs/fake/decoder",
+        reconstructs: bool = True,
+        coarser: Callable[[np.ndarray], tuple[np.ndarray, ...]] = lambda finest: (),
     ) -> None:
         self.paint, self.say = paint, say
         self.reconstruct, self.vae_round_trip = reconstruct, vae_round_trip
         self.paints, self.draws, self.origin = paints, True, origin
+        self.reconstructs, self.coarser = reconstructs, coarser
+        self.num_scales = 1 + len(coarser(np.zeros((64, 64, 3), np.uint8)))
         self.drawn_by = decoder if paints else ""
         self.asked: list[Asked] = []
         self.groups = SimpleNamespace(
@@ -75,13 +79,15 @@ class FakeGenerator:
 
     def answer(self, prompts: Sequence[Asked], settings: DecodeSettings) -> list[Answer]:
         self.asked += prompts
-        return [self._answer(asked) for asked in prompts]
+        return [self._answer(asked, settings.all_scales) for asked in prompts]
 
-    def _answer(self, asked: Asked) -> Answer:
+    def _answer(self, asked: Asked, all_scales: bool) -> Answer:
         if not asked.open_image:
             return Answer([], self.say(asked), (), (), True)
         pixels = self.paint(asked) if self.paints else None
-        return Answer([], "", (0,), (GeneratedImage(torch.zeros(1, 1), np.array([1, 2, 2]), pixels),), True)
+        coarser = self.coarser(pixels) if all_scales and pixels is not None else ()
+        picture = GeneratedImage(torch.zeros(1, 1), np.array([1, 2, 2]), pixels, coarser)
+        return Answer([], "", (0,), (picture,), True)
 
 
 _WORLDS = itertools.count()

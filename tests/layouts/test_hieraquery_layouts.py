@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import worker
+from small_hieraquery import SANA
 from test_parallel_layouts import OVERLAP, SP, TOLERANCE, Layout, start_worker, worst_gradient_difference
 
 from megatron_unimm.data.shapes import write_shapes
@@ -35,6 +36,7 @@ MODELS = {
     "experts": (aligned("editing", 2), EXPERTS),
     "flux": (aligned("editing", 3), FLUX),
     "fixed": (aligned("editing", 3), FIXED),
+    "sana": (aligned("editing", 3), *SANA),
 }
 """The alignment sits inside the first chunk or the last, at its end, or at the very end."""
 CACHED = tuple(
@@ -62,6 +64,8 @@ LAYOUTS = [
     Layout("pp2_experts", 2, (PP2,), "experts"),
     Layout("tp2_sp", 2, (TP2, SP), "flux"),
     Layout("pp2_vpp2", 2, (PP2, VPP2), "flux"),
+    Layout("tp2_sp", 2, (TP2, SP), "sana"),
+    Layout("pp2_vpp2", 2, (PP2, VPP2), "sana"),
     Layout("cached", 1, CACHED, "fixed"),
     Layout("tp2_sp_cached", 2, (TP2, SP, *CACHED), "fixed"),
     Layout("pp2_cached", 2, (PP2, *CACHED), "fixed"),
@@ -116,7 +120,7 @@ def test_reference_has_everything(model: str, root: Path) -> None:
     assert min(first["losses"][0], first["losses"][-1]) > 0.1
     norms = dict(zip(found["modules"], first["modules"], strict=True))
     parts = {"mmdit", "scale_connector", "scale_adapters", "alignment_projector", "vlm", "frame_embedding"}
-    parts -= {"fixed": {"vlm"}, "flux": {"frame_embedding"}}.get(model, set())
+    parts -= {"fixed": {"vlm"}, "flux": {"frame_embedding"}, "sana": {"frame_embedding"}}.get(model, set())
     assert {name.split(".")[0] for name, norm in norms.items() if norm > 1e-6} == parts
 
 

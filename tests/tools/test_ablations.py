@@ -9,15 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import ablate_hieraquery
 import ablate_mmcore
 import ablate_orion
 import ablation
 import pytest
 from ablate_mmcore import ABLATIONS, RECIPE, Budget
 from ablation import Training, distinct
+from PIL import Image
 
 from megatron_unimm.config.load import load_recipe, select_stage
-from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.methods import HieraQueryConfig, MMCoreDiffusionConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.convert import import_checkpoint
 from megatron_unimm.data.shapes import write_shapes
@@ -115,6 +117,57 @@ def test_printed_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert not (tmp_path / "runs").exists()
 
 
+# -- HieraQuery's and ORION's rows
+
+
+@pytest.mark.parametrize("name", ablate_hieraquery.ABLATIONS)
+def test_hieraquery_rows_differ_in_queries_and_alignment(name: str) -> None:
+    """A sixteenth of the paper's queries, and beside the recipe nothing else."""
+    table = ablate_hieraquery.ABLATIONS[name](8)
+    assert len({row.training for row in table.rows}) == len(table.rows)
+    usual = load_recipe("configs/hieraquery/shapes_ablations.yaml", ["train.steps=8"]).stages["text_to_image"]
+    for row in table.rows:
+        assert len(row.paper) == len(table.paper)
+        (stage,) = stages_of(row.training)
+        assert isinstance(stage.method, HieraQueryConfig)
+        assert stage.hieraquery is not None
+        total = stage.hieraquery.num_queries
+        if "paper: queries" in table.paper:
+            assert int(row.paper[table.paper.index("paper: queries")]) == 16 * total
+        if name != "consistency":
+            assert row.label == "and alignment" or str(total) in row.label
+        shares = [float(share) for share in stage.scales.shares]
+        assert shares[-1] == 1
+        assert (len(shares) == 1) == row.label.startswith(("one scale", "1.0x"))
+        assert (stage.method.alignment is not None) == (row.label == "and alignment")
+        changed = {"hieraquery": usual.hieraquery, "method": usual.method}
+        assert stage.model_copy(update=changed) == usual
+    runs = distinct([row.training for build in ablate_hieraquery.ABLATIONS.values() for row in build(8).rows])
+    assert len({run.name for run in runs}) == len(runs) == 12
+
+
+def test_hieraquery_pictures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of two models, each prompt at all scales; nothing is run to print the commands."""
+    asked = [
+        "figure5a",
+        "--prompt",
+        "a cross",
+        "--prompt",
+        "two circles",
+        "--print",
+        "--run-dir",
+        str(tmp_path / "runs"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["ablate_hieraquery.py", *asked])
+    ablate_hieraquery.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["unimm", "train"]] * 2 + [["unimm", "generate"]] * 4
+    assert sum("--all-scales --prompt 'two circles'" in line for line in lines) == 2
+    assert not (tmp_path / "runs").exists()
+
+
 def test_orion_rows_are_recipes() -> None:
     arguments = type("Arguments", (), {"warm_up_steps": 8, "steps": 5, "base": "somewhere"})()
     for variant in ablate_orion.VARIANTS:
@@ -206,14 +259,16 @@ def test_a_failure_says_where_to_look(unimm: Unimm, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_ablation_from_base_models_to_its_table(
+def test_ablations_from_base_models_to_tables(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One step of each stage, and a few pictures: features of the vision encoder trained, saved, loaded, drawn with."""
+    """One step of each stage, and a few pictures. Of MMCORE features of the vision encoder are trained, saved, loaded,
+    drawn with; of HieraQuery scales are compared, and their pictures laid on a sheet."""
     kinds = ("understanding", "text_to_image", "editing", "interleaved")
     write_shapes(tmp_path / "data", count=400, seed=1, mix=dict.fromkeys(kinds, 0.25))
-    for model, name in (("shapes_vlm", "base"), ("shapes_mmdit", "generator_base")):
-        import_checkpoint(repo / "tools/base_models" / model, tmp_path / "runs" / "mmcore" / name)
+    for method in ("mmcore", "hieraquery"):
+        for model, name in (("shapes_vlm", "base"), ("shapes_mmdit", "generator_base")):
+            import_checkpoint(repo / "tools/base_models" / model, tmp_path / "runs" / method / name)
     for name, value in (("DATA", "data"), ("RUNS", "runs"), ("PYTHONPATH", "")):
         monkeypatch.setenv(name, str(tmp_path / value) if value else str(repo))
     budget = ["--vlm-steps", "1", "--diffusion-steps", "1", "--num-samples", "1"]
@@ -225,5 +280,17 @@ def test_an_ablation_from_base_models_to_its_table(
     runs = tmp_path / "runs" / "mmcore" / "ablations"
     rows = json.loads((runs / "vit_features.json").read_text())["rows"]
     assert {row["run"] for row in rows.values()} == {"both", "vit_features"}
-    assert all(0 < row["flow"] < 2 and 0 < row["vis"] < 2 for row in rows.values())
+    assert all(0 < row["flow"] < 2 for row in rows.values())
     assert all(0 <= row["shapes/overall"] <= 1 for row in rows.values())
+    for name in ("consistency", "figure5a"):
+        monkeypatch.setattr(sys, "argv", ["ablate_hieraquery.py", name, "--steps", "1", "--num-samples", "1"])
+        ablate_hieraquery.main()
+    assert "notably improved" in capsys.readouterr().out
+    runs = tmp_path / "runs" / "hieraquery" / "ablations"
+    rows = json.loads((runs / "consistency.json").read_text())["rows"]
+    assert {row["run"] for row in rows.values()} == {"scales_1_2_4", "aligned"}
+    assert all(-1 <= row["shapes_scales/agreement"] <= 1 for row in rows.values())
+    # Two rows of pictures of 16, 32 and 64 pixels.
+    files = {path.name: Image.open(path).size for path in (runs / "aligned").glob("prompt_0*.png")}
+    assert files == {"prompt_0.png": (64, 64), "prompt_0_16x16.png": (16, 16), "prompt_0_32x32.png": (32, 32)}
+    assert (runs / "figure5a.png").exists()

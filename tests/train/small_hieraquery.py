@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import small_decoder
 import small_mmcore
 import torch
 from small_decoder import generator_of, shake
@@ -42,6 +43,9 @@ SMALL = (
     "stages.editing.method.alignment={layer: 2, projector_size: 20}",
 )
 """Scales of 2 and 4 queries, for pictures of half the side and of all of it."""
+BY_THEMSELVES = ("method.shows_sources=false",)
+SANA = (*BY_THEMSELVES, *small_decoder.SANA)
+"""It needs to draw pictures by themselves."""
 
 
 def small_stage(repo: Path, *overrides: str) -> StageConfig:
@@ -77,17 +81,20 @@ def make_sample(stage: StageConfig, name: str, *parts: Part, learned: bool = Tru
     sequence = TokenSequence(model.token_ids, encoder.spatial_merge_size)
     queries: list[np.ndarray] = []
     sizes, drawn = [], []
+    shows_sources = stage.method.shows_sources
     for place, (kind, *size) in enumerate(parts):
         if kind == "says":
             sequence.add_text(rng.integers(0, 100, size[0]).tolist(), learned=False)
             continue
-        sizes.append(size)
-        drawn.append(kind == "draws")
-        if drawn[-1]:
+        is_drawn = kind == "draws"
+        if is_drawn or shows_sources:
+            sizes.append(size)
+            drawn.append(is_drawn)
+        if is_drawn:
             queries += [sequence.add_queries(count, learned=False) for count in scales.queries]
         if place < len(parts) - 1:
-            sequence.add_image(np.array([1, 4, 6] if drawn[-1] else [1, 4, 4]), is_target=False)
-    tokens = void(sequence.finish(name, "editing" if len(sizes) > 1 else "text_to_image", encoder.patch_dim))
+            sequence.add_image(np.array([1, 4, 6] if is_drawn else [1, 4, 4]), is_target=False)
+    tokens = void(sequence.finish(name, "editing" if len(parts) > 2 else "text_to_image", encoder.patch_dim))
     views = np.array([[int(side * share) for side in size] for share in scales.shares for size in sizes])
     targets = np.array([[1, 2 * rows, 4 * columns] for (rows, columns), own in zip(sizes, drawn, strict=True) if own])
 
@@ -113,6 +120,7 @@ def make_sample(stage: StageConfig, name: str, *parts: Part, learned: bool = Tru
         visual_uniform=rng.random(len(views)),
         noise_seed=int(rng.integers(1 << 62)),
         queries=scales.queries,
+        shows_sources=shows_sources,
         has_words=False,
         learned=learned,
         pixels=rng.uniform(-1, 1, (int(views.prod(axis=1).sum()), 3 * generator.token_pixels**2)).astype(np.float32),

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from small_decoder import generator_of
 from small_diffusion import World
-from small_hieraquery import chunk_of, make_sample, row_of, scales_of, several, small_stage, step_of
+from small_hieraquery import (
+    BY_THEMSELVES,
+    SANA,
+    chunk_of,
+    make_sample,
+    row_of,
+    scales_of,
+    several,
+    small_stage,
+    step_of,
+)
 from torch import Tensor
 
 from megatron_unimm.config.flow import SamplerConfig
@@ -19,7 +29,7 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.chat import ChatFormat, ChatTokenizer
 from megatron_unimm.data.frames import FrameSample
 from megatron_unimm.data.sample import Turn
-from megatron_unimm.errors import ConfigError
+from megatron_unimm.errors import ConfigError, UserError
 from megatron_unimm.generate.frame_painter import FrameRequest, Guided
 from megatron_unimm.generate.scale_painter import ScalePainter
 from megatron_unimm.generate.staged import decoding_mode
@@ -54,7 +64,7 @@ def test_queries_are_eq_1_to_3(repo: Path, world: World) -> None:
     """START, queries with their place, END; scale by scale, for each of two pictures."""
     stage = small_stage(repo)
     config = config_of(stage, world)
-    queries = ScaleQueries(MultiScaleConfig(scales=[(1, 2), 2]), config)
+    queries = ScaleQueries(MultiScaleConfig(scales=[(1, 2), 2]), config.hidden_size, torch.float32)
     words = torch.randn(24, 1, config.hidden_size)
     # [ q q ] [ q q q q ] behind the third word, and again behind that.
     index = torch.tensor([4, 5, 8, 9, 10, 11, 14, 15, 18, 19, 20, 21])
@@ -74,7 +84,7 @@ def test_queries_are_eq_1_to_3(repo: Path, world: World) -> None:
 def test_reused_marks_stay_as_they_are(repo: Path, world: World) -> None:
     """As Ming-Lite-Omni: queries of length 1, no encoding, the vocabulary's own marks."""
     config = config_of(small_stage(repo), world)
-    queries = ScaleQueries(MultiScaleConfig(scales=[1, 2], mode="reuse"), config)
+    queries = ScaleQueries(MultiScaleConfig(scales=[1, 2], mode="reuse"), config.hidden_size, torch.float32)
     torch.testing.assert_close(queries.weight.norm(dim=1), torch.ones(5))
     assert [name for name, _ in queries.named_parameters()] == ["weight"]
     words = torch.randn(10, 1, config.hidden_size)
@@ -137,16 +147,21 @@ def single_condition(step: TrainStep, sample: FrameSample) -> list[Tensor]:
 
 def frame_losses(step: TrainStep, sample: FrameSample, view: int, condition: Tensor) -> tuple[Tensor, Tensor]:
     """Summed squared error, and summed 1 − cosine, of one view: the transformer sees its condition, it, and the clean
-    pictures before it at its scale, and nothing else is there."""
+    pictures before it at its scale, and nothing else is there; or it alone."""
     chunk, generator, encoder = chunk_of(step), generator_of(step.stage), step.stage.model.vision_encoder
-    side, patch, vae, count = generator.token_pixels, generator.mmdit.patch_size, generator.vae, sample.num_pictures
+    side, patch, vae = generator.token_pixels, generator.mmdit.patch_size, generator.vae
+    picture = int(sample.is_drawn[view - view % sample.num_pictures : view].sum())
+    count = sample.num_pictures if sample.shows_sources else 1
     first, number = view - view % count, view % count
     x_0 = []
     for pixels, (rows, columns) in zip(
         np.split(sample.pixels, np.cumsum(sample.sizes.prod(axis=1))[:-1]), sample.sizes, strict=True
     ):
-        picture = F.fold(torch.from_numpy(pixels).T[None], (rows * side, columns * side), side, stride=side)
-        latents = (chunk.vae.encode(picture).latent_dist.mean - vae.shift_factor) * vae.scaling_factor
+        pixels_of_view = F.fold(torch.from_numpy(pixels).T[None], (rows * side, columns * side), side, stride=side)
+        if vae.family == "dc_ae":
+            latents = chunk.vae.encode(pixels_of_view).latent * vae.scaling_factor
+        else:
+            latents = (chunk.vae.encode(pixels_of_view).latent_dist.mean - vae.shift_factor) * vae.scaling_factor
         x_0.append(F.unfold(latents, patch, stride=patch)[0].T)  # [U, F]
     uniform = torch.tensor(sample.uniform[view], dtype=torch.float64)
     t = torch.sigmoid(torch.distributions.Normal(0.0, 1.0).icdf(uniform))
@@ -164,13 +179,16 @@ def frame_losses(step: TrainStep, sample: FrameSample, view: int, condition: Ten
         frames, len(condition), len(condition) + int(frames.counts.sum()), generator, chunk.place(None)
     )
     pooled, nothing = chunk.scale_adapters.pooled, torch.zeros_like(condition[0])
+    has_pooled = generator.mmdit.pooled_size > 0
+    assert (pooled is not None) == has_pooled
+    is_sd3 = generator.mmdit.family == "sd3"
     inputs = MMDiTInput(
         condition=condition,
         patches=torch.cat([*x_0[first:view], x_t]),
         position_index=canvas.position_index,
         timestep=torch.tensor([0.0] * number + [float(t)]),
-        pooled=torch.stack([pooled(nothing)] * number + [pooled(condition.mean(dim=0))]),
-        added=chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts))),
+        pooled=torch.stack([pooled(nothing)] * number + [pooled(condition.mean(dim=0))]) if has_pooled else None,
+        added=chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts))) if is_sd3 else None,
     )
     seen: list[Tensor] = []
     layer = step.stage.method.alignment.layer
@@ -178,7 +196,6 @@ def frame_losses(step: TrainStep, sample: FrameSample, view: int, condition: Ten
     velocity = chunk.mmdit(canvas.row, inputs, None)[-len(noise) :]
     handle.remove()
     error = (velocity - (noise - x_0[view])).square().mean(dim=1).sum()
-    picture = int(sample.is_drawn[:number].sum())
     patches = np.cumsum([0, *sample.target_grids.prod(axis=1)])
     grid = sample.target_grids[picture : picture + 1]
     images = VisionInput.build(
@@ -203,9 +220,10 @@ def expected_sums(step: TrainStep, samples: Sequence[FrameSample]) -> tuple[Tens
     return flow, aligned
 
 
-def test_losses_and_gradients_are_those_of_each_frame(repo: Path, world: World) -> None:
+@pytest.mark.parametrize("overrides", [(), BY_THEMSELVES, SANA], ids=["sd3", "by themselves", "sana"])
+def test_losses_and_gradients_are_those_of_each_frame(repo: Path, world: World, overrides: tuple[str, ...]) -> None:
     """A packed row of several samples, scales and turns: both losses, and the gradient of every part that trains."""
-    step = step_of(small_stage(repo), world)
+    step = step_of(small_stage(repo, *overrides), world)
     samples = several(step.stage)
     row = row_of(step.stage, samples)
     counts = step.method.counts([row])
@@ -222,9 +240,8 @@ def test_losses_and_gradients_are_those_of_each_frame(repo: Path, world: World) 
         wanted = torch.zeros_like(parameter) if gradient is None else gradient
         assert (parameter.main_grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6 * norm, name
     reached = {name.split(".")[0] for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
-    assert reached == {
-        *("mmdit", "vlm", "scale_connector", "scale_adapters", "alignment_projector", "frame_embedding"),
-    }
+    embedding = set() if overrides == SANA else {"frame_embedding"}
+    assert reached == {"mmdit", "vlm", "scale_connector", "scale_adapters", "alignment_projector"} | embedding
     trained = {name for name in named if name.startswith("vlm.")}
     assert trained == {"vlm.query_tokens.weight", "vlm.query_tokens.marks"}
     assert all(named[name].main_grad.norm() > 1e-6 for name in trained)
@@ -340,10 +357,11 @@ def test_learning_rate_of_the_paper() -> None:
 # -- drawing
 
 
-def test_each_scale_is_drawn_from_its_own_tokens(repo: Path, world: World) -> None:
-    """The guided velocity of an edit at each scale: v(∅) + s (v(c) − v(∅)), each from a row
-    that holds nothing but the frames of one scale; and pictures of all scales."""
-    stage = small_stage(repo, f"data.tokenizer={repo}/tools/base_models/shapes_vlm")
+@pytest.mark.parametrize("overrides", [(), SANA], ids=["sd3", "sana"])
+def test_each_scale_is_drawn_from_its_own_tokens(repo: Path, world: World, overrides: tuple[str, ...]) -> None:
+    """The guided velocity of an edit at each scale: v(∅) + s (v(c) − v(∅)), each from a row that holds nothing but the
+    frames of one scale, for SANA the new one alone; and pictures of all scales."""
+    stage = small_stage(repo, *overrides, f"data.tokenizer={repo}/tools/base_models/shapes_vlm")
     step = step_of(stage, world)
     chunk, generator, side = chunk_of(step), generator_of(stage), generator_of(stage).token_pixels
     tokenizer = ChatTokenizer(stage.data.tokenizer, stage.model)
@@ -356,35 +374,44 @@ def test_each_scale_is_drawn_from_its_own_tokens(repo: Path, world: World) -> No
     plain = SamplerConfig(steps=2, guidance_scale=3.0)
     drawn = painter.paint([FrameRequest(turns, (given,), (64, 64), scale=scale) for scale in (0, 1)], plain)
     assert [picture.shape for picture in drawn] == [(32, 32, 3), (64, 64, 3)]
+    with pytest.raises(UserError, match=r"image_guidance_scale: is 1.5"):
+        painter.paint([FrameRequest(turns, (given,), (64, 64))], SamplerConfig(image_guidance_scale=1.5))
     for scale, tokens in enumerate((4, 16)):
         drawables = [painter.lay_out(FrameRequest(turns, (given,), (64, 64), scale=scale)) for _ in range(2)]
         state = torch.randn(2, tokens, generator.mmdit.patch_dim)
         with decoding_mode([chunk]):
             found = Guided(painter, drawables, plain).velocity(state, 0.6)
-            clean = painter.clean_latents(drawables[:1])  # [u, F]
+            clean = painter.clean_latents(drawables[:1])  # [u, F]; [0, F]
+            before = int(stage.method.shows_sources)
+            assert len(clean) == before * tokens
             sample = painter.work.with_patches(drawables[0].sample, (given,))
             whole = chunk.vlm.condition(conversation_of(chunk.vlm, painter.work.row([sample])))
             condition = chunk.tokens(whole, stage.scales.queries)[slice(0, 2) if scale == 0 else slice(2, 6)]
             parts = []
             for own in (condition, torch.zeros_like(condition)):
                 frames = Frames(
-                    sizes=np.array([[2 ** (scale + 1)] * 2] * 2),
-                    num_condition=np.array([0, len(own)]),
-                    sample=np.zeros(2, dtype=np.int64),
-                    number=np.arange(2),
-                    is_clean=np.array([True, False]),
+                    sizes=np.array([[2 ** (scale + 1)] * 2] * (before + 1)),
+                    num_condition=np.array([0] * before + [len(own)]),
+                    sample=np.zeros(before + 1, dtype=np.int64),
+                    number=np.arange(before + 1),
+                    is_clean=np.array([True] * before + [False]),
                 )
-                canvas = Canvas.build(frames, len(own), len(own) + 2 * tokens, generator, chunk.place(None))
-                pooled = chunk.scale_adapters.pooled
+                length = len(own) + (before + 1) * tokens
+                canvas = Canvas.build(frames, len(own), length, generator, chunk.place(None))
+                pooled, added = None, None
+                if not overrides:
+                    pool, nothing = chunk.scale_adapters.pooled, torch.zeros_like(own[0])
+                    pooled = torch.stack([pool(nothing), pool(own.mean(dim=0))])
+                    added = chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts)))
                 inputs = MMDiTInput(
                     condition=own,
                     patches=torch.cat([clean, state[0]]),
                     position_index=canvas.position_index,
-                    timestep=torch.tensor([0.0, 0.6]),
-                    pooled=torch.stack([pooled(torch.zeros_like(own[0])), pooled(own.mean(dim=0))]),
-                    added=chunk.frame_embedding(torch.from_numpy(np.repeat(frames.number, frames.counts))),
+                    timestep=torch.tensor([0.0] * before + [0.6]),
+                    pooled=pooled,
+                    added=added,
                 )
-                parts.append(chunk.mmdit(canvas.row, inputs, None)[tokens:])
+                parts.append(chunk.mmdit(canvas.row, inputs, None)[before * tokens :])
         expected = parts[1] + 3.0 * (parts[0] - parts[1])
         torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
     assert side == 16

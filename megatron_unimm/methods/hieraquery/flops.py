@@ -12,12 +12,11 @@ import numpy as np
 
 from megatron_unimm.config.methods import HieraQueryConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.data.frames import FrameRow, FrameSample
+from megatron_unimm.data.frames import FrameRow, FrameSample, frames_of
 from megatron_unimm.methods.drawing.flops import frames_load, mmdit_cost
 from megatron_unimm.methods.vlm.flops import backbone_trains, has_gradient, tower_flops
 from megatron_unimm.methods.vlm.queries import VLM, vlm_stage
 from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, vision_work
-from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.trainable import is_frozen
 
 CONDITION = ("scale_adapters", "scale_connector", VLM.removesuffix("."))
@@ -42,7 +41,7 @@ def row_flops(row: FrameRow, stage: StageConfig) -> float:
 def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     """What a sample costs beyond its tokens' share of a row: attention among its tokens, its conditioning vectors, the
     connector, what is aligned, and the VLM."""
-    frames = frames_of(sample)
+    frames = frames_of([sample])
     total = mmdit_cost(frames_load(0, 0, frames), stage, *CONDITION)
     total += connector_flops(len(sample.layout.query_index), stage)
     if sample.target_grids is not None:
@@ -53,19 +52,6 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     decoder = decoder_work(stage.model.backbone, len(sample.layout), pairs)
     total += decoder.cost(backbone_trains(stage, VLM), has_gradient(stage, VLM))
     return total + tower_flops(sample.layout.tokens.grids, vlm_stage(stage), VLM)
-
-
-def frames_of(sample: FrameSample) -> Frames:
-    """The frames of one sample."""
-    views = np.array([view for view, _ in sample.entries])
-    clean = np.array([clean for _, clean in sample.entries])
-    return Frames(
-        sizes=sample.sizes[views],
-        num_condition=np.where(clean, 0, sample.num_condition[views]),
-        sample=views // sample.num_pictures,
-        number=views % sample.num_pictures,
-        is_clean=clean,
-    )
 
 
 def connector_works(num_queries: int, stage: StageConfig) -> tuple[Work, Work, Work]:

@@ -183,7 +183,7 @@ class _Chunk(DrawingChunk):
     def _adapters(self) -> int:
         hidden, inner = self.stage.model.backbone.hidden_size, self.scales.connector.hidden_size
         condition, pooled = self.mmdit.condition_size, self.mmdit.pooled_size
-        total = _two_layers(condition, condition, pooled)
+        total = _two_layers(condition, condition, pooled) * (pooled > 0)
         total += _two_layers(hidden, inner, inner) * (hidden != inner)
         total += _two_layers(inner, condition, condition) * (inner != condition)
         return total + self.scales.num_queries * condition * (self.scales.mode == "learned")

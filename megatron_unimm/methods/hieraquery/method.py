@@ -190,6 +190,7 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
         visual_dropout=DropoutSchedule(start=dropout, end=dropout),
         max_frames=method.max_frames,
         pathways="visual",
+        shows_sources=method.shows_sources,
         stream_multiple=stream_multiple(stage),
         vlm_alignment=aligned,
         vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),

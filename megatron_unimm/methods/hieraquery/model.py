@@ -27,7 +27,8 @@ from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.methods.vlm.queries import VLM, QueryBatch, QueryVlm, build_condition_batch, vlm_stage
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.trunk import Tap
-from megatron_unimm.models.scales import AlignmentProjector, ScaleAdapters, ScaleConnector, ScaleQueries, at_grids
+from megatron_unimm.models.scale_connector import ScaleConnector
+from megatron_unimm.models.scales import AlignmentProjector, ScaleAdapters, ScaleQueries, at_grids
 from megatron_unimm.models.transformer_config import (
     language_connector_transformer_config,
     vision_transformer_config,
@@ -177,6 +178,10 @@ class HieraQueryModel(DrawingModel):
         """
         return Condition(tokens_VC, pooled=self.scale_adapters.pool(tokens_VC, frame_of_token, num_frames))
 
+    def pooled(self, num_vectors: int) -> Tensor | None:
+        """None: only of a transformer without one does a row not say it."""
+        return None
+
     def added(self, canvas: Canvas) -> Tensor | None:
         """What tells frames apart."""
         return self.frame_embedding(canvas.frame_number) if isinstance(self.model.mmdit, Sd3Config) else None
@@ -214,8 +219,10 @@ def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, fr
     """The VLM of a stage, whole on each of its pipeline stages."""
     scales = stage.hieraquery
     assert scales is not None
-    whole = groups.without_pipeline()
-    return ScaleVlm(vlm_stage(stage), platform, whole, frozen, lambda vlm: ScaleQueries(scales, vlm.config))
+    whole, hidden = groups.without_pipeline(), stage.model.backbone.hidden_size
+    return ScaleVlm(
+        vlm_stage(stage), platform, whole, frozen, lambda vlm: ScaleQueries(scales, hidden, vlm.config.params_dtype)
+    )
 
 
 def conversation_of(vlm: ScaleVlm, row: FrameRow) -> QueryBatch:
