@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_unimm.config.load import load_recipe
-from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.methods import PathwayDiffusionConfig
 from megatron_unimm.config.recipe import Recipe
 from megatron_unimm.errors import UserError
 from megatron_unimm.train.log import setup_logging
@@ -30,7 +30,7 @@ def plan(recipe: Recipe) -> list[str]:
             what = "is not set; recipes of the Shapes world count in steps"
             raise UserError(f"stages.{stage.name}.train.steps", what)
         lines.append(f"stage {stage.name} {stage.train.steps}")
-        if isinstance(stage.method, MMCoreDiffusionConfig) and not need_of_vlm(stage):
+        if isinstance(stage.method, PathwayDiffusionConfig) and not need_of_vlm(stage):
             lines.append(f"cached {stage.name}")
     return lines
 

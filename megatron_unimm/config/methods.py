@@ -158,11 +158,10 @@ class MMCoreDrawing(Section):
         return {}
 
 
-class MMCoreDiffusionConfig(MMCoreDrawing):
-    """MMCORE's second stage: a text-to-image diffusion transformer goes on training with words and visual latents of
-    the VLM in place of its text encoders, and with the pictures before in its context (section 3.2)."""
+class PathwayDiffusionConfig(MMCoreDrawing):
+    """A diffusion transformer that learns by flow matching to draw from words and visual latents of a VLM in place of
+    text encoders, and with the pictures before in its context (MMCORE, section 3.2)."""
 
-    name: Literal["mmcore_diffusion"]
     flow: FlowConfig = FlowConfig()
     text_dropout: DropoutSchedule = DropoutSchedule(start=0.5, end=0.1, steps=2000)
     """Share of frames whose words are left out of the condition. "We apply a higher dropout rate to text embeddings
@@ -178,6 +177,12 @@ class MMCoreDiffusionConfig(MMCoreDrawing):
     there, by a projection that is zero at the start. The paper tried it: "introducing these additional visual cues
     resulted in a marked performance degradation" (section 4.3, Impact of Visual Latents on Conditional VAEs). For that
     ablation: neither exports nor the policy know it."""
+
+
+class MMCoreDiffusionConfig(PathwayDiffusionConfig):
+    """MMCORE's second stage: a text-to-image diffusion transformer goes on training (section 3.2)."""
+
+    name: Literal["mmcore_diffusion"]
 
 
 class MMCorePolicyConfig(MMCoreDrawing):
@@ -291,6 +296,24 @@ class SparAlignmentConfig(VisualLatentsConfig):
     """Of the routers' choices, see ``models/backbone/routing.py``; the text gives none."""
 
 
+class SelfAlignmentConfig(RepresentationAlignmentConfig):
+    """The same for SPAR: "leverages the unified tokenizer as an internal alignment teacher" (arXiv 2606.23041). The
+    text gives neither layer, weight nor distance; those here are REPA's."""
+
+    teacher: Literal["internal", "external"] = "internal"
+    """``internal``: what the tokenizer's semantic stream has of the picture; ``external``: what the base model's vision
+    encoder sees, as in REPA."""
+
+
+class SparConfig(PathwayDiffusionConfig):
+    """SPAR's joint training and fine-tuning: a diffusion transformer draws in the tokenizer's latent space, from what
+    Dynamic Token Routing mixes of the language model's layers at every word and query (arXiv 2606.23041)."""
+
+    name: Literal["spar"]
+    alignment: SelfAlignmentConfig | None = SelfAlignmentConfig()
+    """null for none."""
+
+
 class SparTokenizerConfig(Section):
     """SPAR's first stage: the dual-stream tokenizer on pictures (arXiv 2606.23041)."""
 
@@ -317,6 +340,7 @@ METHODS: dict[str, type[Section]] = {
     "hieraquery": HieraQueryConfig,
     "spar_tokenizer": SparTokenizerConfig,
     "spar_alignment": SparAlignmentConfig,
+    "spar": SparConfig,
 }
 """By name."""
 
@@ -335,5 +359,6 @@ AnyMethod = (
     | HieraQueryConfig
     | SparTokenizerConfig
     | SparAlignmentConfig
+    | SparConfig
 )
 MethodConfig = Annotated[Annotated[AnyMethod, Field(discriminator="name")], BeforeValidator(_orion_by_default)]

@@ -263,12 +263,24 @@ class DcAeConfig(Section):
         return self
 
 
+class TokenizerSpaceConfig(Section):
+    """The latents of the stage's own tokenizer (section ``tokenizer``): one for each visual token of its vision encoder
+    (SPAR, arXiv 2606.23041)."""
+
+    family: Literal["tokenizer"]
+    latent_channels: int = Field(default=32, gt=0)
+    """Those of ``tokenizer.latent_channels``."""
+    pixels_per_latent: int = Field(gt=0)
+    """Side in pixels of the square that one visual token covers."""
+
+
 def _kl_by_default(value: Any) -> Any:
     """Recipes and checkpoints may leave the family of an AutoencoderKL out."""
     return {"family": "autoencoder_kl", **value} if isinstance(value, dict) else value
 
 
-Vae = Annotated[Annotated[VaeConfig | DcAeConfig, Field(discriminator="family")], BeforeValidator(_kl_by_default)]
+AnyVae = VaeConfig | DcAeConfig | TokenizerSpaceConfig
+Vae = Annotated[Annotated[AnyVae, Field(discriminator="family")], BeforeValidator(_kl_by_default)]
 
 
 class ImageGeneratorConfig(Section):
@@ -280,7 +292,7 @@ class ImageGeneratorConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ImageGeneratorConfig":
-        if self.vae is not None and self.mmdit.vae_family != self.vae.family:
+        if self.vae is not None and self.vae.family not in (self.mmdit.vae_family, "tokenizer"):
             raise ValueError(
                 f"mmdit.family {self.mmdit.family} draws latents of a VAE of family {self.mmdit.vae_family}, but "
                 f"vae.family is {self.vae.family}"

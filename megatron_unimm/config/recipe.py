@@ -5,8 +5,14 @@ from pydantic import Field, model_validator
 from megatron_unimm.config.base import Section
 from megatron_unimm.config.data import DataConfig
 from megatron_unimm.config.hieraquery import MultiScaleConfig
-from megatron_unimm.config.methods import HieraQueryConfig, MethodConfig, SparAlignmentConfig, SparTokenizerConfig
-from megatron_unimm.config.mmdit import ImageGeneratorConfig
+from megatron_unimm.config.methods import (
+    HieraQueryConfig,
+    MethodConfig,
+    SparAlignmentConfig,
+    SparConfig,
+    SparTokenizerConfig,
+)
+from megatron_unimm.config.mmdit import ImageGeneratorConfig, TokenizerSpaceConfig
 from megatron_unimm.config.model import ModelConfig
 from megatron_unimm.config.parallel import SystemConfig
 from megatron_unimm.config.queries import PictureScales, QueryVlmConfig
@@ -40,7 +46,10 @@ class StageConfig(Section):
     base_checkpoint: str = ""
     """Imported base model (``unimm convert import``): start of the first stage, and the frozen teacher of all."""
     generator_checkpoint: str = ""
-    """Imported image generator: start of the first stage that trains it, and the frozen VAE of all."""
+    """Imported image generator: start of the first stage that trains it, and the frozen VAE of all. May be left out
+    where the diffusion transformer begins anew, in the latent space of a tokenizer."""
+    tokenizer_checkpoint: str = ""
+    """A trained tokenizer (its stage's folder, or a checkpoint), for stages that draw in its latent space."""
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
@@ -59,9 +68,16 @@ class StageConfig(Section):
                     f"{self.generator.mmdit.family} cannot; take sd3 or flux"
                     f"{', or set method.shows_sources to false' if by_itself else ''}"
                 )
+            if isinstance(self.generator.vae, TokenizerSpaceConfig):
+                self._check_latent_space(self.generator.vae)
             if self.data.drawing_size is None:
                 raise ValueError(f"method {self.method.name} draws pictures; give their size, data.drawing_size")
-        if isinstance(self.method, HieraQueryConfig) and self.method.alignment is not None:
+        if isinstance(self.method, SparConfig):
+            assert self.generator is not None
+            if not isinstance(self.generator.vae, TokenizerSpaceConfig):
+                what = "draws in a tokenizer's latent space; give generator.vae family: tokenizer"
+                raise ValueError(f"method {self.method.name} {what}")
+        if isinstance(self.method, HieraQueryConfig | SparConfig) and self.method.alignment is not None:
             assert self.generator is not None
             layer, count = self.method.alignment.layer, self.generator.mmdit.num_blocks
             if layer > count:
@@ -69,12 +85,29 @@ class StageConfig(Section):
         if self.tokenizer is not None:
             self.tokenizer.check(self.model.vision_encoder)
         if self.routing is not None:
-            if not isinstance(self.method, SparAlignmentConfig):
+            if not isinstance(self.method, SparAlignmentConfig | SparConfig):
                 raise ValueError(f"routing is set, but method {self.method.name} reads the last layer; set it to null")
             self.routing.mixed(self.model.backbone.num_layers)
         if isinstance(self.method, SparTokenizerConfig):
             self._check_tokenizer(self.method)
         return self
+
+    def _check_latent_space(self, space: TokenizerSpaceConfig) -> None:
+        if not isinstance(self.method, SparConfig):
+            raise ValueError(f"generator.vae.family is tokenizer, in whose space method {self.method.name} cannot draw")
+        if self.tokenizer is None:
+            raise ValueError("generator.vae.family is tokenizer; give the section tokenizer")
+        side, channels = self.model.vision_encoder.token_pixels, self.tokenizer.latent_channels
+        if space.pixels_per_latent != side:
+            raise ValueError(
+                f"generator.vae.pixels_per_latent is {space.pixels_per_latent}, but a visual token of "
+                f"model.vision_encoder covers {side}; make it {side}"
+            )
+        if space.latent_channels != channels:
+            raise ValueError(
+                f"generator.vae.latent_channels is {space.latent_channels}, but tokenizer.latent_channels {channels}; "
+                "make them equal"
+            )
 
     def _check_tokenizer(self, method: SparTokenizerConfig) -> None:
         if self.tokenizer is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_unimm.config.flow import SamplerConfig
-from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDrawing, PathwayDiffusionConfig
 from megatron_unimm.config.queries import QueryVlmConfig, VisionEncoderTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data import images
@@ -24,9 +24,10 @@ from megatron_unimm.generate.frame_painter import Drawable, FramePainter
 from megatron_unimm.generate.staged import decoding_mode
 from megatron_unimm.methods.drawing.model import Condition
 from megatron_unimm.methods.interface import DataSetup
-from megatron_unimm.methods.mmcore.diffusion.method import MMCoreDiffusion, feature_places, frame_work
+from megatron_unimm.methods.mmcore.diffusion.method import feature_places, frame_work
 from megatron_unimm.methods.mmcore.diffusion.model import MMCoreDiffusionModel, condition_of, conversation_of
 from megatron_unimm.methods.mmcore.model import MMCoreVlm
+from megatron_unimm.methods.registry import build_method
 from megatron_unimm.models.queries import pooled_to_grid
 from megatron_unimm.models.vision import VisionInput, VisionTower
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -61,8 +62,11 @@ class PathwayPainter(FramePainter[MMCoreDiffusionModel]):
 
     @classmethod
     def build(cls, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> list[MMCoreDiffusionModel]:
-        method = MMCoreDiffusion(stage, platform, groups)
-        return [method.build(number) for number in range(groups.config.virtual_pipeline)]
+        method = build_method(stage, platform, groups)
+        built = [method.build(number, with_base=False) for number in range(groups.config.virtual_pipeline)]
+        chunks = [chunk for chunk in built if isinstance(chunk, MMCoreDiffusionModel)]
+        assert len(chunks) == len(built)
+        return chunks
 
     @classmethod
     def work_of(cls, stage: StageConfig, data: DataSetup) -> FrameWork:
@@ -121,7 +125,7 @@ class PathwayPainter(FramePainter[MMCoreDiffusionModel]):
 
     def _image_condition(self, row: FrameRow) -> Tensor | None:
         assert self.first is not None
-        if not (isinstance(self.config, MMCoreDiffusionConfig) and self.config.vit_features):
+        if not (isinstance(self.config, PathwayDiffusionConfig) and self.config.vit_features):
             return None
         places = feature_places(row, self.stage, self.device)
         return self.first.image_condition(conversation_of(self.first.vlm, row), places)

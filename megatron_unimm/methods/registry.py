@@ -19,6 +19,8 @@ from megatron_unimm.methods.orion.footprint import OrionFootprints
 from megatron_unimm.methods.orion.method import Orion
 from megatron_unimm.methods.spar.alignment.footprint import AlignmentFootprints
 from megatron_unimm.methods.spar.alignment.method import SparAlignment
+from megatron_unimm.methods.spar.diffusion.footprint import SparFootprints
+from megatron_unimm.methods.spar.diffusion.method import Spar
 from megatron_unimm.methods.spar.tokenizer.footprint import TokenizerFootprints
 from megatron_unimm.methods.spar.tokenizer.method import SparTokenizer
 from megatron_unimm.parallel.groups import ParallelGroups
@@ -33,6 +35,7 @@ METHODS: dict[str, Callable[[StageConfig, Platform, ParallelGroups], Method]] = 
     "hieraquery": HieraQuery,
     "spar_tokenizer": SparTokenizer,
     "spar_alignment": SparAlignment,
+    "spar": Spar,
 }
 
 
@@ -50,6 +53,7 @@ FOOTPRINTS: dict[str, Footprints] = {
     "hieraquery": HieraQueryFootprints(),
     "spar_tokenizer": TokenizerFootprints(),
     "spar_alignment": AlignmentFootprints(),
+    "spar": SparFootprints(),
 }
 
 

@@ -64,6 +64,10 @@ class StageModel(MegatronModule):
         """The name in checkpoints of a tensor that has ``name`` here."""
         return name
 
+    def imported_name(self, name: str) -> str:
+        """The name, in the checkpoint that a part is taken from, of a tensor that has ``name`` in the stage's own."""
+        return name
+
     def base_sharded_state_dict(self, part: str, metadata: dict[str, Any]) -> dict[str, Any]:
         """A frozen companion under the names that its own checkpoint has; empty where this chunk has none of it."""
         module = dict(self.base.named_children()).get(part)

@@ -45,7 +45,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_unimm.config.methods import ConnectorConfig
-from megatron_unimm.config.mmdit import DcAeConfig, FluxConfig, MMDiT, SanaConfig, Sd3Config, Vae, VaeConfig
+from megatron_unimm.config.mmdit import DcAeConfig, FluxConfig, MMDiT, SanaConfig, Sd3Config, VaeConfig
 from megatron_unimm.config.model import (
     BackboneConfig,
     MoEConfig,
@@ -398,7 +398,7 @@ def pathways_weights(mmdit: MMDiT, word: int, latent: int, num_queries: int) -> 
     return Weights(pathway(word) + pathway(latent) + num_queries * condition + mmdit.pooled_size)
 
 
-def vae_weights(model: Vae) -> Weights:
+def vae_weights(model: VaeConfig | DcAeConfig) -> Weights:
     """diffusers' network, counted by building it without memory."""
     return Weights(_vae_parameters(type(model), model.model_dump_json()))
 
@@ -625,7 +625,7 @@ def tower_pass(model: VisionEncoder | SiglipConfig, spread: Spread, patches: flo
     return layer_pass(LayerShape.of_tower(model), _alone(spread), patches)
 
 
-def vae_pass(model: Vae, pixels: float, itemsize: int) -> Kept:
+def vae_pass(model: VaeConfig | DcAeConfig, pixels: float, itemsize: int) -> Kept:
     """A frozen VAE encodes all pictures of one size at once: at full resolution a residual block has its input, and of
     its second half what comes in, that normalised, that activated, and what the convolution makes of it."""
     channels = model.encoder[0].channels if isinstance(model, DcAeConfig) else model.block_channels[0]

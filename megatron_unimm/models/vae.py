@@ -1,10 +1,11 @@
 """The frozen autoencoder between pictures and latents: diffusers' AutoencoderKL (arXiv 2112.10752) or AutoencoderDC
-(DC-AE, arXiv 2410.10733).
+(DC-AE, arXiv 2410.10733), or one of our own (:class:`PictureCodec`).
 
 Layouts: pictures ``(B, 3, H, W)`` in [-1, 1], latents ``(B, C, h, w)`` as the diffusion transformer sees them, patches
 of latents ``[h w / side², C side²]``, each (channel, row, column), row by row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,29 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from megatron_unimm.config.mmdit import DcAeConfig, DcAeStage, Vae, VaeConfig
+from megatron_unimm.config.mmdit import DcAeConfig, DcAeStage, VaeConfig
 
-Autoencoder = AutoencoderKL | AutoencoderDC
+
+class PictureCodec(torch.nn.Module, ABC):
+    """An autoencoder that is not diffusers'."""
+
+    @abstractmethod
+    def latents_of(self, pictures_BCHW: Tensor) -> Tensor:
+        """``(B, C, h, w)``, as the diffusion transformer sees them."""
+
+    @abstractmethod
+    def pictures_of(self, latents_BChw: Tensor) -> Tensor:
+        """``(B, 3, H, W)``."""
+
+
+Autoencoder = AutoencoderKL | AutoencoderDC | PictureCodec
 TILE_OVERLAP = 1 / 8
 """Of DC-AE's tiles, as in diffusers."""
 
 
-def build_vae(config: Vae) -> Autoencoder:
-    """The network, with random weights. Pictures beyond ``sample_size`` are worked on in overlapping tiles, so that
-    memory does not grow with them."""
+def build_vae(config: VaeConfig | DcAeConfig) -> AutoencoderKL | AutoencoderDC:
+    """diffusers' network, with random weights. Pictures beyond ``sample_size`` are worked on in overlapping tiles, so
+    that memory does not grow with them."""
     return _build_dc_ae(config) if isinstance(config, DcAeConfig) else _build_kl(config)
 
 
@@ -82,6 +96,8 @@ def _half_fields(half: str, stages: Sequence[DcAeStage]) -> dict[str, Any]:
 def encode(vae: Autoencoder, pictures_BCHW: Tensor) -> Tensor:
     """Latents of pictures: where they have a distribution its mean, so that they are the same on every rank and in
     every epoch."""
+    if isinstance(vae, PictureCodec):
+        return vae.latents_of(pictures_BCHW)
     if isinstance(vae, AutoencoderDC):
         return vae.encode(pictures_BCHW).latent * vae.config["scaling_factor"]
     mean = vae.encode(pictures_BCHW).latent_dist.mode()
@@ -90,6 +106,8 @@ def encode(vae: Autoencoder, pictures_BCHW: Tensor) -> Tensor:
 
 def decode(vae: Autoencoder, latents_BChw: Tensor) -> Tensor:
     """Pictures of latents."""
+    if isinstance(vae, PictureCodec):
+        return vae.pictures_of(latents_BChw)
     if isinstance(vae, AutoencoderDC):
         return vae.decode(latents_BChw / vae.config["scaling_factor"]).sample
     return vae.decode(latents_BChw / vae.config["scaling_factor"] + vae.config["shift_factor"]).sample

@@ -10,7 +10,8 @@ import torch
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.base import Section, as_now
-from megatron_unimm.config.methods import HieraQueryConfig, MMCoreDiffusionConfig, MMCoreDrawing
+from megatron_unimm.config.methods import HieraQueryConfig, MMCoreDrawing, PathwayDiffusionConfig
+from megatron_unimm.config.mmdit import TokenizerSpaceConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import ConditionStore
 from megatron_unimm.data.features import FeatureMeta, FeatureStore
@@ -19,9 +20,9 @@ from megatron_unimm.methods.vlm.queries import VLM
 from megatron_unimm.models.trainable import is_frozen
 from megatron_unimm.models.transformer_config import DTYPES
 from megatron_unimm.parallel.groups import ParallelGroups
-from megatron_unimm.train.state import base_directory, generator_directory
+from megatron_unimm.train.state import base_directory, generator_directory, tokenizer_directory
 
-TOWER, VAE = "vision_encoder.", "vae."
+TOWER, VAE, TOKENIZER = "vision_encoder.", "vae.", "tokenizer."
 """Prefixes of the tensors of what makes features and latents."""
 QUERIES = "query_tokens."
 VLM_PARTS = {
@@ -48,9 +49,18 @@ def latent_meta(stage: StageConfig) -> FeatureMeta:
     """What latents of the stage's image generator are made by."""
     assert stage.generator is not None
     assert stage.generator.vae is not None
+    encoder: dict[str, Any] = stage.generator.vae.model_dump(mode="json")
+    if isinstance(stage.generator.vae, TokenizerSpaceConfig):
+        assert stage.tokenizer is not None
+        encoder["tokenizer"] = stage.tokenizer.model_dump(mode="json")
+        encoder["vision_encoder"] = stage.model.vision_encoder.model_dump(mode="json")
+        directory = tokenizer_directory(stage)
+        weights = _hash_of({TOKENIZER: directory, TOWER: directory})
+    else:
+        weights = _hash_of({VAE: generator_directory(stage)})
     return FeatureMeta(
-        encoder=stage.generator.vae.model_dump(mode="json"),
-        weights=_hash_of({VAE: generator_directory(stage)}),
+        encoder=encoder,
+        weights=weights,
         dtype=stage.system.precision.dtype,
         width=stage.generator.mmdit.patch_dim,
     )
@@ -84,6 +94,8 @@ def condition_metas(stage: StageConfig, start: Path) -> tuple[FeatureMeta, Featu
     else:
         assert stage.queries is not None
         sections["queries"], unread, latent = stage.queries, {"teacher"}, stage.queries.latent_size(stage.model)
+        if stage.routing is not None:
+            sections["routing"] = stage.routing
     configs = {name: section.model_dump(mode="json", exclude=unread) for name, section in sections.items()}
     words, visual = (FeatureMeta(configs, weights, stage.system.precision.dtype, width) for width in (hidden, latent))
     return words, visual
@@ -138,7 +150,7 @@ def _check_features(stage: StageConfig) -> None:
 
 def _check_conditions(stage: StageConfig) -> None:
     field = "data.condition_cache"
-    if not isinstance(stage.method, MMCoreDiffusionConfig | HieraQueryConfig):
+    if not isinstance(stage.method, PathwayDiffusionConfig | HieraQueryConfig):
         what = f"set, but method {stage.method.name} of stage {stage.name} learns from no such conditions"
         raise ConfigError(field, f"{what}; leave it empty")
     if need := need_of_vlm(stage):
@@ -149,7 +161,7 @@ def need_of_vlm(stage: StageConfig) -> str:
     """Why a stage that trains a diffusion transformer behind a VLM must run it; empty where what it says will do."""
     if not is_frozen(VLM.removesuffix("."), stage.train.trainable):
         return f"the VLM trains in stage {stage.name}, and what it says changes"
-    if isinstance(stage.method, MMCoreDiffusionConfig) and stage.method.vit_features:
+    if isinstance(stage.method, PathwayDiffusionConfig) and stage.method.vit_features:
         return f"method.vit_features of stage {stage.name} takes what its vision encoder sees, which no cache has"
     return ""
 

@@ -203,7 +203,7 @@ def _paths(stage: StageConfig) -> list[str]:
     named = {f"data.sources.{name}.path": source.path for name, source in stage.data.sources.items()}
     keys = ("tokenizer", "feature_cache", "latent_cache", "condition_cache")
     named |= {f"data.{key}": vars(stage.data)[key] for key in keys}
-    named |= {key: vars(stage)[key] for key in ("base_checkpoint", "generator_checkpoint")}
+    named |= {key: vars(stage)[key] for key in ("base_checkpoint", "generator_checkpoint", "tokenizer_checkpoint")}
     named |= {
         "train.evaluation.data": stage.train.evaluation.data,
         "train.logging.decoder": stage.train.logging.decoder,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import load
-from megatron_unimm.config.methods import HieraQueryConfig
+from megatron_unimm.config.methods import HieraQueryConfig, MMCoreDrawing, SparConfig
+from megatron_unimm.config.mmdit import TokenizerSpaceConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.conditions import VISUAL, WORDS
 from megatron_unimm.data.decode.build import build_decoder
@@ -31,16 +32,19 @@ from megatron_unimm.data.queries import QueryWork
 from megatron_unimm.data.sources.opening import open_sources
 from megatron_unimm.data.workers import ConversationWork, SampleWork
 from megatron_unimm.errors import CheckpointError, ConfigError
+from megatron_unimm.methods.drawing.autoencoder import build_autoencoder
 from megatron_unimm.methods.drawing.frames import model_parts
 from megatron_unimm.methods.hieraquery.model import build_vlm as build_scale_vlm
 from megatron_unimm.methods.hieraquery.model import said_of as said_at_scales
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.mmcore.diffusion.model import build_vlm, condition_of
+from megatron_unimm.methods.mmcore.model import MMCoreVlm
 from megatron_unimm.methods.registry import build_method
+from megatron_unimm.methods.spar.alignment.model import SparVlm
 from megatron_unimm.methods.vlm.queries import QueryVlm, frozen_vlm
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import DTYPES, vision_transformer_config
-from megatron_unimm.models.vae import build_vae, encode_patches
+from megatron_unimm.models.vae import encode_patches
 from megatron_unimm.models.vision import VisionInput, build_vision_encoder
 from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.parallel.platform import Platform
@@ -52,6 +56,7 @@ from megatron_unimm.train.state import (
     generator_directory,
     load_weights,
     sharding_metadata,
+    tokenizer_directory,
 )
 
 logger = logging.getLogger(__name__)
@@ -129,7 +134,7 @@ def _makers(
         else:
             yield _condition_maker(stage, folder / CONDITIONS, run_dir, work, platform, groups)
         yield _vae_maker(stage, folder / LATENTS, work.pixel_format, work.picture_requests, platform, groups)
-        if work.with_targets:
+        if work.with_targets and not isinstance(stage.method, MMCoreDrawing):  # their VLM's own encoder is the teacher
             yield _tower_maker(stage, folder / FEATURES, work.target_requests, platform, groups)
     else:
         raise ConfigError("--stage", f"{stage.name} learns from what it draws itself; nothing can be made beforehand")
@@ -168,10 +173,14 @@ def _vae_maker(
     generator, dtype = stage.generator, DTYPES[stage.system.precision.dtype]
     assert generator is not None
     assert generator.vae is not None
-    vae = build_vae(generator.vae).to(platform.device, dtype).eval()
+    vae = build_autoencoder(stage, platform, groups).to(platform.device, dtype).eval()
+    # A tokenizer has the names of its own checkpoint.
+    prefix, directory = VAE, generator_directory
+    if isinstance(generator.vae, TokenizerSpaceConfig):
+        prefix, directory = "", tokenizer_directory
     metadata = sharding_metadata(groups)
-    state = sharded_state_dict_default(vae, VAE, metadata=metadata, tp_group=groups.collection.tp)
-    load(state, generator_directory(stage), may_be_unread=("*",))
+    state = sharded_state_dict_default(vae, prefix, metadata=metadata, tp_group=groups.collection.tp)
+    load(state, directory(stage), may_be_unread=("*",), may_be_absent=("*._extra_state",))
 
     def run(patches: np.ndarray, grids: np.ndarray) -> Sequence[Tensor]:
         sizes = [(int(rows), int(columns)) for rows, columns in grids]
@@ -253,7 +262,8 @@ def _speaker(
     if isinstance(stage.method, HieraQueryConfig):
         scales = build_scale_vlm(stage, platform, groups, frozen_vlm(stage))
         return scales, partial(said_at_scales, scales)
-    vlm = build_vlm(stage, platform, groups, frozen_vlm(stage))
+    kind = SparVlm if isinstance(stage.method, SparConfig) else MMCoreVlm
+    vlm = build_vlm(stage, platform, groups, frozen_vlm(stage), kind)
     return vlm, partial(condition_of, vlm)
 
 

@@ -14,12 +14,13 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_unimm.checkpoint.fallback import Tell, newest_intact
 from megatron_unimm.checkpoint.folder import AVERAGE_PREFIX, CARRIED, HF_FOLDER, LANGUAGE_MODEL
-from megatron_unimm.checkpoint.manifest import latest, read_meta, step_directory
+from megatron_unimm.checkpoint.manifest import find_checkpoint, latest, read_meta, step_directory
 from megatron_unimm.checkpoint.ranks import Ranks
 from megatron_unimm.checkpoint.store import PendingSave, load, save
 from megatron_unimm.checkpoint.torch_dist import Reader
 from megatron_unimm.config.base import Section, as_now
 from megatron_unimm.config.load import dump
+from megatron_unimm.config.mmdit import TokenizerSpaceConfig
 from megatron_unimm.config.queries import SiglipTeacher
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.errors import CheckpointError
@@ -78,7 +79,7 @@ def model_state(chunks: Sequence[MegatronModule], groups: ParallelGroups) -> dic
 
 
 def load_weights(
-    chunks: Sequence[MegatronModule],
+    chunks: Sequence[StageModel],
     directory: Path,
     groups: ParallelGroups,
     elsewhere: Mapping[str, Path] | None = None,
@@ -87,7 +88,8 @@ def load_weights(
     """Fill the model from a base model or another run's checkpoint, whatever its layout.
 
     Args:
-        elsewhere: checkpoints of parts (a name's first word) that ``directory`` may lack as a whole.
+        elsewhere: checkpoints (or folders of stages) of parts (a name's first word) that ``directory`` may lack as a
+            whole. A diffusion transformer that is in neither keeps its fresh weights.
         unread: globs of tensors that it may hold besides.
 
     Raises:
@@ -97,11 +99,16 @@ def load_weights(
         held = {_part_of(key) for key in reader.tensors}
     lacking = {part: path for part, path in (elsewhere or {}).items() if part not in held}
     state = model_state(chunks, groups)
+    own = _with_parts(state, lambda part: part not in lacking)
     for other in dict.fromkeys(lacking.values()):
         names = {part for part, path in lacking.items() if path == other}
-        load(_with_parts(state, lambda part, names=names: part in names), other, may_be_unread=("*",))
-    own = _with_parts(state, lambda part: part not in lacking)
-    load(own, directory, may_be_absent=NEW_PARTS, may_be_unread=(*OF_TRAINING, f"{CARRIED}*", *unread))
+        imported = _with_parts(state, lambda part, names=names: part in names)
+        for number, chunk in enumerate(chunks):
+            for tensor in imported[f"model{number}"].values():
+                tensor.key = chunk.imported_name(tensor.key)
+        load(imported, find_checkpoint(other), may_be_unread=("*",))
+    new = NEW_PARTS if "mmdit" in held else (*NEW_PARTS, "mmdit.*")
+    load(own, directory, may_be_absent=new, may_be_unread=(*OF_TRAINING, f"{CARRIED}*", *unread))
 
 
 def _part_of(key: str) -> str:
@@ -143,7 +150,7 @@ def load_base(chunks: Sequence[StageModel], parts: Mapping[str, Path], groups: P
             for number, chunk in enumerate(chunks)
             for part in names
         }
-        load(state, directory, may_be_unread=("*",))
+        load(state, find_checkpoint(directory), may_be_unread=("*",))
 
 
 def check_architecture(directory: Path, stage: StageConfig) -> dict[str, Any]:
@@ -176,7 +183,11 @@ def check_base(stage: StageConfig, parts: Mapping[str, Path]) -> None:
     _check(base_directory(stage), "model", stage.model)
     if stage.method.trunk == "mmdit":
         assert stage.generator is not None
-        _check(generator_directory(stage), "generator", stage.generator)
+        if not begins_anew(stage):
+            _check(generator_directory(stage), "generator", stage.generator)
+        if isinstance(stage.generator.vae, TokenizerSpaceConfig):
+            assert stage.tokenizer is not None
+            _check_part(tokenizer_directory(stage), "tokenizer", stage.tokenizer)
     if "siglip" in parts:
         assert stage.queries is not None
         assert isinstance(stage.queries.teacher, SiglipTeacher)
@@ -200,6 +211,20 @@ def _check(directory: Path, section: str, model: Section, unread: Sequence[str] 
                     "recipe; take the recipe of that model",
                 )
     return meta
+
+
+def _check_part(directory: Path, section: str, model: Section) -> None:
+    """As :func:`check_architecture`, for a part that a checkpoint's meta describes beside its architecture."""
+    theirs = read_meta(directory).get(section)
+    if theirs is None:
+        raise CheckpointError(str(directory), f"holds no {section}")
+    theirs, ours = flatten(as_now(theirs, model)), flatten(model.model_dump(mode="json"))
+    for field, value in ours.items():
+        if theirs.get(field) != value:
+            raise CheckpointError(
+                str(directory),
+                f"has another {section}: {section}.{field} is {theirs.get(field)} there, {value} in the recipe",
+            )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -270,9 +295,26 @@ def generator_directory(stage: StageConfig) -> Path:
     return Path(stage.generator_checkpoint)
 
 
+def tokenizer_directory(stage: StageConfig) -> Path:
+    """The trained tokenizer in whose latent space a recipe draws: its stage's newest checkpoint."""
+    if not stage.tokenizer_checkpoint:
+        what = "is not set; give the folder of the stage that trained the tokenizer"
+        raise CheckpointError("tokenizer_checkpoint", what)
+    return find_checkpoint(Path(stage.tokenizer_checkpoint))
+
+
+def begins_anew(stage: StageConfig) -> bool:
+    """Whether a diffusion transformer has no imported weights to start from, and need not: in a tokenizer's space."""
+    assert stage.generator is not None
+    return isinstance(stage.generator.vae, TokenizerSpaceConfig) and not stage.generator_checkpoint
+
+
 def origin(stage: StageConfig) -> Path:
-    """The imported checkpoint of what the stage trains."""
-    return generator_directory(stage) if stage.method.trunk == "mmdit" else base_directory(stage)
+    """The imported checkpoint of what the stage trains; the language model's where that is a diffusion transformer
+    without one."""
+    if stage.method.trunk != "mmdit" or begins_anew(stage):
+        return base_directory(stage)
+    return generator_directory(stage)
 
 
 class Checkpointer:

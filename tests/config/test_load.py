@@ -223,7 +223,7 @@ def test_override_of_a_source_skips_stages_without_it(recipe: Path) -> None:
         (
             "method.name=oryon",
             "method.name: wanted one of orion, orion_decoder, mmcore, mmcore_diffusion, mmcore_policy, hieraquery, "
-            "spar_tokenizer, spar_alignment, got oryon on the command line, did you mean orion?",
+            "spar_tokenizer, spar_alignment, spar, got oryon on the command line, did you mean orion?",
         ),
         ("steps", "steps: not of the form key.name=value, e.g. train.steps=5"),
         ("train..steps=5", "train..steps=5: not of the form key.name=value, e.g. train.steps=5"),

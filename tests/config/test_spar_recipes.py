@@ -6,7 +6,7 @@ import pytest
 
 from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.load import dump, load_recipe
-from megatron_unimm.config.methods import SparAlignmentConfig, SparTokenizerConfig
+from megatron_unimm.config.methods import SparAlignmentConfig, SparConfig, SparTokenizerConfig
 from megatron_unimm.errors import ConfigError
 
 LARGE, SMALL = (f"configs/spar/{name}.yaml" for name in ("spar_3b", "shapes"))
@@ -27,6 +27,8 @@ def test_recipes_load_and_fit(path: str, tmp_path: Path) -> None:
         ("tokenizer", None),
         ("tokenizer_adversarial", "tokenizer"),
         ("alignment", None),
+        ("joint", "alignment"),
+        ("sft", "joint"),
     ]
     for stage in recipe.stages.values():
         assert check_layout(stage, WORLD_SIZES[path]) >= 1
@@ -70,3 +72,30 @@ def test_alignment_mixes_all_layers(path: str) -> None:
 def test_wrong_routing_is_refused(overrides: list[str], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         load_recipe(SMALL, overrides)
+
+
+@pytest.mark.parametrize("path", WORLD_SIZES)
+def test_what_draws_is_in_the_tokenizers_space_and_taught_by_it(path: str) -> None:
+    for name in ("joint", "sft"):
+        stage = load_recipe(path).stages[name]
+        assert isinstance(stage.method, SparConfig)
+        assert stage.method.alignment is not None
+        assert stage.method.alignment.teacher == "internal"
+        assert stage.generator is not None
+        assert stage.tokenizer is not None
+        assert stage.generator.mmdit.latent_channels == stage.tokenizer.latent_channels
+        assert stage.generator.token_pixels == stage.model.vision_encoder.token_pixels
+        assert stage.routing is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("generator.vae.pixels_per_latent=8", "pixels_per_latent is 8, but a visual token .* covers 16; make it 16"),
+        ("tokenizer.latent_channels=16", "latent_channels is 32, but tokenizer.latent_channels 16"),
+        ("stages.joint.method.alignment.layer=7", "alignment.layer is 7, but generator.mmdit has 6 layers"),
+    ],
+)
+def test_a_latent_space_that_does_not_fit_is_refused(override: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        load_recipe(SMALL, [override])

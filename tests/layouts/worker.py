@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_unimm.checkpoint.store import save
 from megatron_unimm.config.load import load_recipe
+from megatron_unimm.config.methods import HieraQueryConfig, SparConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.parallel.groups import ParallelGroups, destroy_groups
 from megatron_unimm.train import setup
@@ -81,14 +82,25 @@ TOKENIZER = (
 )
 RECIPES = dict.fromkeys(("orion", "mmcore"), (*SMALL, *GENERATOR)) | {
     "hieraquery": (*SMALL, *GENERATOR, *SCALES),
-    "spar": (*SMALL, *TOKENIZER, "queries.num_queries=4"),
+    "spar": (
+        *SMALL,
+        *(setting for setting in GENERATOR if "latent_channels" not in setting),
+        *TOKENIZER,
+        "generator.mmdit.latent_channels=8",
+        "generator.vae.latent_channels=8",
+        "queries.num_queries=4",
+    ),
 }
 """With smaller models, of four layers."""
 
 
+FILES = {"base": "base", "generator": "start", "tokenizer": "tokenizer"}
+"""Checkpoints of a stage in its folder."""
+
+
 def stage_config(folder: Path, recipe: str, name: str, overrides: list[str]) -> StageConfig:
     """A stage of a small Shapes recipe whose checkpoints are in a folder."""
-    files = [f"base_checkpoint={folder}/base", f"generator_checkpoint={folder}/start"]
+    files = [f"{what}_checkpoint={folder}/{name}" for what, name in FILES.items()]
     return load_recipe(REPO / f"configs/{recipe}/shapes.yaml", [*RECIPES[recipe], *files, *overrides]).stages[name]
 
 
@@ -105,11 +117,17 @@ def init(folder: Path, stage: StageConfig) -> None:
         for parameter in chunks[0].parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
         save(model_state(chunks, groups), folder / name, meta)
-    if stage.method.query_section == "hieraquery":  # its VLM is the base model's
+    if isinstance(stage.method, HieraQueryConfig | SparConfig):  # its VLM is the base model's
         state = model_state(chunks, groups)["model0"]
         of_vlm = {key: value for key, value in state.items() if value.key.startswith(("vision_encoder.", "backbone."))}
         meta = {"kind": "base_model", "family": "qwen2_5_vl", "architecture": stage.model.model_dump(mode="json")}
         save({"model0": of_vlm}, folder / "base", meta)
+    if isinstance(stage.method, SparConfig):
+        assert stage.tokenizer is not None
+        of_tokenizer = {key: value for key, value in state.items() if value.key.startswith("vae.")}
+        for value in of_tokenizer.values():
+            value.key = chunks[0].imported_name(value.key)
+        save({"model0": of_tokenizer}, folder / "tokenizer", {"tokenizer": stage.tokenizer.model_dump(mode="json")})
     siglip = chunks[0].base_sharded_state_dict("siglip", sharding_metadata(groups))
     if siglip:
         save({"siglip": siglip}, folder / "siglip", {"kind": "base_model", "family": "siglip"})

@@ -5,13 +5,15 @@ hidden size, D head size, C width of the condition, P of the pooled one, F value
 and X width of the cross attention of SANA.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_unimm.config.methods import RepresentationAlignmentConfig
 from megatron_unimm.config.mmdit import FluxConfig, MMDiT, SanaConfig
 from megatron_unimm.config.recipe import StageConfig
-from megatron_unimm.models.flops import Work
+from megatron_unimm.models.flops import Work, vision_work
 from megatron_unimm.models.mmdit.embedding import NUM_FREQUENCIES
 from megatron_unimm.models.mmdit.frames import Frames
 from megatron_unimm.models.trainable import is_frozen
@@ -142,3 +144,35 @@ def _pairs(frames: Frames) -> tuple[float, float, float, float]:
         joint += (tokens[place] + condition) * (tokens[place] + condition + seen + beside)
         image += tokens[place] * (tokens[place] + seen)
     return joint, image, float((tokens * frames.num_condition).sum()), float(tokens.sum())
+
+
+def alignment_works(
+    num_tokens: int, grids: np.ndarray, stage: StageConfig, alignment: RepresentationAlignmentConfig
+) -> tuple[Work, Work]:
+    """The projector on so many image tokens, 2 (H P + P² + P F) each, and a frozen vision encoder on pictures of patch
+    grids ``[n, 3]``."""
+    encoder, inner = stage.model.vision_encoder, alignment.projector_size
+    assert stage.generator is not None
+    projector = Work(2.0 * num_tokens * inner * (stage.generator.mmdit.hidden_size + inner + encoder.out_size))
+    if stage.data.feature_cache:  # Computed beforehand.
+        return projector, Work(0.0)
+    embedding, rest = vision_work(encoder, grids)
+    return projector, embedding + rest
+
+
+def alignment_flops(
+    num_tokens: int,
+    grids: np.ndarray,
+    stage: StageConfig,
+    alignment: RepresentationAlignmentConfig,
+    condition: Sequence[str],
+) -> float:
+    """Of the alignment loss, forward and backward.
+
+    Args:
+        condition: parts that make the condition, to which a gradient passes where they train.
+    """
+    projector, tower = alignment_works(num_tokens, grids, stage, alignment)
+    trains = not is_frozen("alignment_projector", stage.train.trainable)
+    before = not all(is_frozen(part, stage.train.trainable) for part in ("mmdit", *condition))
+    return projector.cost(trains, before) + tower.cost(trains=False, passes_gradient=False)

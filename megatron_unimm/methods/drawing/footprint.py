@@ -3,7 +3,8 @@
 
 from dataclasses import dataclass
 
-from megatron_unimm.config.mmdit import SanaConfig
+from megatron_unimm.config.methods import RepresentationAlignmentConfig
+from megatron_unimm.config.mmdit import DcAeConfig, MMDiT, SanaConfig, VaeConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.methods.drawing.flops import MMDiTLoad, blocks_work, end_work, entry_works, mlp_share
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace, Flops, Traffic, exchanged
@@ -55,7 +56,8 @@ class DrawingChunk:
         assert stage.generator is not None
         assert stage.generator.vae is not None
         self.stage, self.spread, self.place, self.load = stage, spread, place, load
-        self.mmdit, self.vae = stage.generator.mmdit, stage.generator.vae
+        self.space = stage.generator.vae
+        self.mmdit = stage.generator.mmdit
         self.trains = not is_frozen("mmdit", stage.train.trainable)
         self.condition_trains = condition_trains
         self.has_gradient = self.trains or condition_trains
@@ -91,12 +93,17 @@ class DrawingChunk:
         mmdit = mmdit_weights(self.mmdit, self.spread.parallel, self.place.layers)
         mmdit += mmdit_entry_weights(self.mmdit) if self.place.first else Weights()
         mmdit += mmdit_exit_weights(self.mmdit, self.spread.parallel.tensor) if self.place.last else Weights()
-        return [(mmdit, self.trains), *([(vae_weights(self.vae), False)] if self.place.first else [])]
+        return [(mmdit, self.trains), *([(self.autoencoder_weights(), False)] if self.place.first else [])]
 
     def companions(self) -> Weights:
         """Frozen ones beside the model."""
         has_own_vae = self.place.last and not self.place.first and not self.stage.data.latent_cache
-        return vae_weights(self.vae) if has_own_vae else Weights()
+        return self.autoencoder_weights() if has_own_vae else Weights()
+
+    def autoencoder_weights(self) -> Weights:
+        """Between pictures and latents."""
+        assert isinstance(self.space, VaeConfig | DcAeConfig)
+        return vae_weights(self.space)
 
     # -- activations
 
@@ -110,8 +117,13 @@ class DrawingChunk:
             if self.place.last:
                 kept["loss"] = mmdit_exit_kept(self.mmdit, self.spread, self.streams)
         if self.at_an_end and not self.stage.data.latent_cache:
-            kept["encoder"] += vae_pass(self.vae, self.pixels, self.spread.itemsize)
+            kept["encoder"] += self.autoencoder_pass()
         return kept
+
+    def autoencoder_pass(self) -> Kept:
+        """All pictures to latents."""
+        assert isinstance(self.space, VaeConfig | DcAeConfig)
+        return vae_pass(self.space, self.pixels, self.spread.itemsize)
 
     def _messages(self) -> dict[str, Kept]:
         """What came from the stage before, beyond the hidden states, which the first block keeps, and what went on."""
@@ -186,3 +198,27 @@ class DrawingChunk:
         elif self.spread.recompute.granularity == "full":
             backward += forward
         return forward, backward
+
+
+def projector_weights(mmdit: MMDiT, alignment: RepresentationAlignmentConfig, width: int) -> Weights:
+    """Of an alignment loss: three linear layers, to features of ``width``."""
+    inner = alignment.projector_size
+    return Weights((mmdit.hidden_size + 1) * inner + (inner + 1) * inner + (inner + 1) * width)
+
+
+def alignment_kept(
+    mmdit: MMDiT, alignment: RepresentationAlignmentConfig, width: int, spread: Spread, tokens: float
+) -> Kept:
+    """The projector's input and both hidden layers before and after the activation; both sides of the cosine in fp32,
+    normalised.
+
+    Args:
+        tokens: image tokens that are aligned, over all context ranks.
+    """
+    numbers = mmdit.hidden_size + 4 * alignment.projector_size
+    return Kept(tokens / spread.parallel.context * (numbers * spread.itemsize + 2 * 4 * width))
+
+
+def aligns_here(alignment: RepresentationAlignmentConfig | None, place: ChunkPlace) -> bool:
+    """Whether a chunk has the layer after which hidden states are aligned."""
+    return alignment is not None and alignment.layer - 1 in place.layers

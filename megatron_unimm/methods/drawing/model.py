@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.flow.path import interpolate
 from megatron_unimm.flow.path import velocity as flow_velocity
+from megatron_unimm.methods.drawing.autoencoder import build_autoencoder
 from megatron_unimm.methods.drawing.losses import flow_matching_loss
 from megatron_unimm.methods.stage_model import StageModel
 from megatron_unimm.models.diffusion import build_diffusion_transformer
@@ -26,7 +27,7 @@ from megatron_unimm.models.mmdit.canvas import Canvas, Place, padded_to
 from megatron_unimm.models.mmdit.trunk import MMDiTInput, Tap
 from megatron_unimm.models.specs import layers_backend
 from megatron_unimm.models.transformer_config import DTYPES, mmdit_transformer_config
-from megatron_unimm.models.vae import build_vae, encode_patches
+from megatron_unimm.models.vae import encode_patches
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.pipeline import with_zero_gradient
 from megatron_unimm.parallel.platform import Platform
@@ -87,9 +88,9 @@ class DrawingModel(StageModel):
     """One pipeline stage.
 
     Parts:
-        mmdit: the diffusion transformer. vae: frozen; saved with the rest, so that a checkpoint draws by itself (first
-            stage).
-        base: on the last stage of a pipeline a second VAE.
+        mmdit: the diffusion transformer. vae: frozen, or a tokenizer in its place; saved with the rest, so that a
+            checkpoint draws by itself (first stage).
+        base: on the last stage of a pipeline a second one.
 
     Args:
         tap_after: see :meth:`tap`.
@@ -123,9 +124,9 @@ class DrawingModel(StageModel):
             tap_after,
         )
         if self.pre_process:
-            self.vae = build_vae(model.vae).requires_grad_(False)
+            self.vae = build_autoencoder(stage, platform, groups)
         elif self.post_process and not stage.data.latent_cache:
-            self.base.vae = build_vae(model.vae)
+            self.base.vae = build_autoencoder(stage, platform, groups)
 
     def place(self, num_vectors: int | None) -> Place:
         """Where this chunk stands, for laying out rows."""

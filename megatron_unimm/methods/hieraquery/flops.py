@@ -13,10 +13,10 @@ import numpy as np
 from megatron_unimm.config.methods import HieraQueryConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample, frames_of
-from megatron_unimm.methods.drawing.flops import frames_load, mmdit_cost
+from megatron_unimm.methods.drawing.flops import alignment_flops, frames_load, mmdit_cost
 from megatron_unimm.methods.vlm.flops import backbone_trains, has_gradient, tower_flops
 from megatron_unimm.methods.vlm.queries import VLM, vlm_stage
-from megatron_unimm.models.flops import Work, causal_pairs, decoder_work, vision_work
+from megatron_unimm.models.flops import Work, causal_pairs, decoder_work
 from megatron_unimm.models.trainable import is_frozen
 
 CONDITION = ("scale_adapters", "scale_connector", VLM.removesuffix("."))
@@ -29,7 +29,7 @@ def row_flops(row: FrameRow, stage: StageConfig) -> float:
     load = frames_load(row.num_text, row.num_tokens - row.num_text, frames)
     total = mmdit_cost(load, stage, *CONDITION) + connector_flops(len(row.query_index), stage)
     if grids is not None:
-        total += alignment_flops(int((frames.counts * row.learned).sum()), grids, stage)
+        total += _alignment_flops(int((frames.counts * row.learned).sum()), grids, stage)
     if stage.data.condition_cache:
         return total
     conversation = row.conversation
@@ -45,7 +45,7 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
     total = mmdit_cost(frames_load(0, 0, frames), stage, *CONDITION)
     total += connector_flops(len(sample.layout.query_index), stage)
     if sample.target_grids is not None:
-        total += alignment_flops(int((frames.counts * ~frames.is_clean).sum()), sample.target_grids, stage)
+        total += _alignment_flops(int((frames.counts * ~frames.is_clean).sum()), sample.target_grids, stage)
     if stage.data.condition_cache:
         return total
     pairs = causal_pairs((0, len(sample.layout)))
@@ -85,23 +85,8 @@ def connector_flops(num_queries: int, stage: StageConfig) -> float:
     return total
 
 
-def alignment_works(num_tokens: int, grids: np.ndarray, stage: StageConfig) -> tuple[Work, Work]:
-    """The projector on so many image tokens, 2 (H P + P² + P F) each, and the frozen vision encoder on pictures."""
-    method, model, encoder = stage.method, stage.generator, stage.model.vision_encoder
-    assert isinstance(method, HieraQueryConfig)
-    assert method.alignment is not None
-    assert model is not None
-    inner = method.alignment.projector_size
-    projector = Work(2.0 * num_tokens * inner * (model.mmdit.hidden_size + inner + encoder.out_size))
-    if stage.data.feature_cache:  # Computed beforehand.
-        return projector, Work(0.0)
-    embedding, rest = vision_work(encoder, grids)
-    return projector, embedding + rest
-
-
-def alignment_flops(num_tokens: int, grids: np.ndarray, stage: StageConfig) -> float:
+def _alignment_flops(num_tokens: int, grids: np.ndarray, stage: StageConfig) -> float:
     """Of section 3.2's loss, forward and backward."""
-    projector, tower = alignment_works(num_tokens, grids, stage)
-    trains = not is_frozen("alignment_projector", stage.train.trainable)
-    before = not all(is_frozen(part, stage.train.trainable) for part in ("mmdit", *CONDITION))
-    return projector.cost(trains, before) + tower.cost(trains=False, passes_gradient=False)
+    assert isinstance(stage.method, HieraQueryConfig)
+    assert stage.method.alignment is not None
+    return alignment_flops(num_tokens, grids, stage, stage.method.alignment, CONDITION)

@@ -5,17 +5,24 @@ from dataclasses import replace
 
 from megatron_unimm.config.data import SampleKind
 from megatron_unimm.config.hieraquery import MultiScaleConfig
-from megatron_unimm.config.methods import HieraQueryConfig
+from megatron_unimm.config.methods import HieraQueryConfig, RepresentationAlignmentConfig
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
 from megatron_unimm.data.typical import LARGE_PHOTO, PHOTO, frame_row, shares, wordless_chat
-from megatron_unimm.methods.drawing.flops import frames_load
-from megatron_unimm.methods.drawing.footprint import DrawingChunk, DrawingLoad
+from megatron_unimm.methods.drawing.alignment import aligned_rows
+from megatron_unimm.methods.drawing.flops import alignment_works, frames_load
+from megatron_unimm.methods.drawing.footprint import (
+    DrawingChunk,
+    DrawingLoad,
+    alignment_kept,
+    aligns_here,
+    projector_weights,
+)
 from megatron_unimm.methods.drawing.frames import num_vectors
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace, Flops, Traffic
-from megatron_unimm.methods.hieraquery.flops import CONDITION, alignment_works, connector_works, row_flops
-from megatron_unimm.methods.hieraquery.method import frame_work, hieraquery_rows
+from megatron_unimm.methods.hieraquery.flops import CONDITION, connector_works, row_flops
+from megatron_unimm.methods.hieraquery.method import frame_work
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.vlm.footprint import Trained, VlmChunk, VlmLoad
 from megatron_unimm.methods.vlm.queries import VLM, frozen_parts, vlm_stage
@@ -59,21 +66,17 @@ class HieraQueryFootprints:
         return row_flops(row, stage)
 
     def travelling_rows(self, stage: StageConfig) -> int:
-        return hieraquery_rows(stage)
+        assert isinstance(stage.method, HieraQueryConfig)
+        return aligned_rows(stage, stage.method.alignment)
 
     def alike(self, stage: StageConfig, place: ChunkPlace) -> Hashable:
         assert stage.generator is not None
         kinds = tuple(block_kinds(stage.generator.mmdit, place.layers).items())
-        return place.first, place.last, _aligns(stage, place), kinds
+        assert isinstance(stage.method, HieraQueryConfig)
+        return place.first, place.last, aligns_here(stage.method.alignment, place), kinds
 
     def chunk(self, stage: StageConfig, spread: Spread, place: ChunkPlace, row: FrameRow) -> ChunkFootprint:
         return _Chunk(stage, spread, place, row).footprint()
-
-
-def _aligns(stage: StageConfig, place: ChunkPlace) -> bool:
-    """Whether a chunk has the layer that is aligned."""
-    assert isinstance(stage.method, HieraQueryConfig)
-    return stage.method.alignment is not None and stage.method.alignment.layer - 1 in place.layers
 
 
 class _Vlm(VlmChunk):
@@ -114,11 +117,11 @@ class _Chunk(DrawingChunk):
             vectors=num_vectors(stage) or max(1, len(frames)),
             pictures=int(row.pictures.prod(axis=1).sum()),
             drawn=int(frames.counts.sum()),
-            travelling=hieraquery_rows(stage),
+            travelling=aligned_rows(stage, stage.method.alignment),
         )
         self.rules = stage.train.trainable
         super().__init__(stage, spread, place, load, not all(is_frozen(part, self.rules) for part in CONDITION))
-        self.aligns = _aligns(stage, place)
+        self.aligns = aligns_here(stage.method.alignment, place)
         self.noisy = int(frames.counts[~frames.is_clean].sum()) if self.aligns else 0
         self.queries = len(row.query_index)
         self.vlm = self._vlm() if place.first else None
@@ -175,9 +178,8 @@ class _Chunk(DrawingChunk):
                 (Weights(embedding), not is_frozen("frame_embedding", self.rules)),
             ]
         if self.aligns:
-            projector = _two_layers(self.mmdit.hidden_size, self._inner, self._inner)
-            projector += (self._inner + 1) * self.stage.model.vision_encoder.out_size
-            parts.append((Weights(projector), not is_frozen("alignment_projector", self.rules)))
+            projector = projector_weights(self.mmdit, self.alignment, self.stage.model.vision_encoder.out_size)
+            parts.append((projector, not is_frozen("alignment_projector", self.rules)))
         return parts
 
     def _adapters(self) -> int:
@@ -189,10 +191,10 @@ class _Chunk(DrawingChunk):
         return total + self.scales.num_queries * condition * (self.scales.mode == "learned")
 
     @property
-    def _inner(self) -> int:
-        """Hidden width of the projector."""
+    def alignment(self) -> RepresentationAlignmentConfig:
+        """Where there is one."""
         assert self.method.alignment is not None
-        return self.method.alignment.projector_size
+        return self.method.alignment
 
     def companions(self) -> Weights:
         tower = vision_weights(self.stage.model.vision_encoder, self.spread.parallel.tensor)
@@ -214,7 +216,8 @@ class _Chunk(DrawingChunk):
             patches = int(self.row.target_grids.prod(axis=1).sum())
             kept["encoder"] += tower_pass(self.stage.model.vision_encoder, self.spread, patches)
         if self.aligns and self.has_gradient:
-            kept["loss"] += self._alignment_kept()
+            width = self.stage.model.vision_encoder.out_size
+            kept["loss"] += alignment_kept(self.mmdit, self.alignment, width, self.spread, self.noisy)
         return kept
 
     def _connector_kept(self) -> Kept:
@@ -226,13 +229,6 @@ class _Chunk(DrawingChunk):
         norm = rms_norm_kept(inner, self.spread, self.queries)
         # What is kept of the condition, and its tokens as the text stream has them.
         return layers + norm + Kept(self.queries * (around + 2 * condition) * item)
-
-    def _alignment_kept(self) -> Kept:
-        """The projector's input and both hidden layers before and after the activation; both sides of the cosine in
-        fp32, normalised."""
-        tokens = self.noisy / self.spread.parallel.context
-        width = self.mmdit.hidden_size + 4 * self._inner
-        return Kept(tokens * (width * self.spread.itemsize + 2 * 4 * self.stage.model.vision_encoder.out_size))
 
     def inputs(self) -> float:
         """And the conversation, or what was computed of it, and pictures for the vision encoder."""
@@ -263,7 +259,7 @@ class _Chunk(DrawingChunk):
                 works.append((work.times(ranks), (trains, passes)))  # whole on every context rank
                 passes = passes or trains
         if self.aligns and self.row.target_grids is not None:
-            projector, tower = alignment_works(self.noisy, self.row.target_grids, self.stage)
+            projector, tower = alignment_works(self.noisy, self.row.target_grids, self.stage, self.alignment)
             works += [
                 (projector, (not is_frozen("alignment_projector", self.rules), self.has_gradient)),
                 (tower.times(ranks), (False, False)),

@@ -13,7 +13,8 @@ from megatron_unimm.config.methods import DropoutSchedule, HieraQueryConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.sizes import check_size
-from megatron_unimm.methods.drawing.frames import model_parts, num_vectors, picture_input, travelling_rows
+from megatron_unimm.methods.drawing.alignment import ALIGNMENT, Targets, aligned_rows
+from megatron_unimm.methods.drawing.frames import model_parts, num_vectors, picture_input
 from megatron_unimm.methods.drawing.losses import TERMS, WEIGHTS
 from megatron_unimm.methods.drawing.method import (
     floats,
@@ -24,17 +25,13 @@ from megatron_unimm.methods.drawing.method import (
     timestep_vectors,
 )
 from megatron_unimm.methods.hieraquery.flops import row_flops, sample_flops
-from megatron_unimm.methods.hieraquery.model import ConditionInput, HieraQueryBatch, HieraQueryModel, Targets
+from megatron_unimm.methods.hieraquery.model import ConditionInput, HieraQueryBatch, HieraQueryModel
 from megatron_unimm.methods.interface import DataSetup
 from megatron_unimm.methods.vlm.layout import alignment
 from megatron_unimm.methods.vlm.queries import build_condition_batch, frozen_vlm
-from megatron_unimm.models.mmdit.canvas import Canvas, Place, grids_of
-from megatron_unimm.models.vision import VisionInput
+from megatron_unimm.models.mmdit.canvas import Canvas, Place
 from megatron_unimm.parallel.groups import ParallelGroups
 from megatron_unimm.parallel.platform import Platform
-
-ALIGNMENT = "alignment"
-"""The loss of section 3.2, behind those of flow matching."""
 
 
 class HieraQuery:
@@ -68,7 +65,7 @@ class HieraQuery:
         return frame_work(self.stage, data)
 
     def travelling_rows(self) -> int:
-        return hieraquery_rows(self.stage)
+        return aligned_rows(self.stage, self.config.alignment)
 
     def looks_here(self) -> bool:
         """Whether the layer that is aligned is on this rank."""
@@ -102,7 +99,7 @@ class HieraQuery:
             pictures=picture_input(row, place) if at_an_end else None,
             loss=loss_input(row, timesteps, self.config.flow, canvas, place) if model.post_process else None,
             condition=self._condition(row, model, place) if model.pre_process else None,
-            targets=self._targets(row, place) if model.mmdit.has_tap else None,
+            targets=Targets.of(row, self.stage.model.vision_encoder, place) if model.mmdit.has_tap else None,
         )
 
     def row_flops(self, row: FrameRow) -> float:
@@ -128,43 +125,6 @@ class HieraQuery:
             torch.from_numpy(each).to(place.device, non_blocking=True) for each in (row.condition_order, frames)
         )
         return ConditionInput(conversation, hidden, order, floats(row.visual_kept, place), frame_of_token)
-
-    def _targets(self, row: FrameRow, place: Place) -> Targets:
-        assert row.target_grids is not None
-        assert row.target_of_frame is not None
-        encoder, frames = self.stage.model.vision_encoder, row.frames
-        images = features = None
-        if row.target_features is not None:
-            features = stored(row.target_features, place)
-        elif len(row.target_grids):
-            assert row.target_patches is not None
-            images = VisionInput.build(row.target_patches, row.target_grids, encoder, place.device, place.dtype)
-        noisy = ~frames.is_clean
-        # Of each image token of the row that is learned, its place among those of all noisy frames.
-        is_noisy, is_learned = np.repeat(noisy, frames.counts), np.repeat(row.learned, frames.counts)
-        place_of = np.full(row.num_tokens - row.num_text, -1, dtype=np.int64)
-        place_of[: len(is_noisy)] = np.where(is_learned, is_noisy.cumsum() - 1, -1)
-        mine = np.split(place_of, place.context[1])[place.context[0]]  # as ``visibility.local_index``
-        chosen = np.flatnonzero(mine >= 0)
-        merge = encoder.spatial_merge_size
-        return Targets(
-            images=images,
-            features=features,
-            feature_grids=[(int(rows) // merge, int(columns) // merge) for _, rows, columns in row.target_grids],
-            number_of=row.target_of_frame[noisy].tolist(),
-            grids=list(grids_of(frames.sizes[noisy])),
-            chosen=torch.from_numpy(chosen).to(place.device, non_blocking=True),
-            rows=torch.from_numpy(mine[chosen]).to(place.device, non_blocking=True),
-        )
-
-
-def hieraquery_rows(stage: StageConfig) -> int:
-    """Rows between pipeline stages, and with an alignment loss one more on every rank."""
-    assert isinstance(stage.method, HieraQueryConfig)
-    parallel, rows = stage.system.parallel, travelling_rows(stage)
-    if stage.method.alignment is None or parallel.pipeline == 1:
-        return rows
-    return rows + parallel.context * (parallel.tensor if parallel.sequence else 1)
 
 
 NO_WORDS = DropoutSchedule(start=0.0, end=0.0)

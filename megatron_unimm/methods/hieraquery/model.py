@@ -21,14 +21,14 @@ from megatron_unimm.config.methods import HieraQueryConfig
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
-from megatron_unimm.methods.alignment import cosine_loss
+from megatron_unimm.methods.drawing.alignment import Targets, alignment_loss
 from megatron_unimm.methods.drawing.model import Condition, DrawingBatch, DrawingModel
 from megatron_unimm.methods.vlm.model import FrozenParts
 from megatron_unimm.methods.vlm.queries import VLM, QueryBatch, QueryVlm, build_condition_batch, vlm_stage
 from megatron_unimm.models.mmdit.canvas import Canvas
 from megatron_unimm.models.mmdit.trunk import Tap
 from megatron_unimm.models.scale_connector import ScaleConnector
-from megatron_unimm.models.scales import AlignmentProjector, ScaleAdapters, ScaleQueries, at_grids
+from megatron_unimm.models.scales import AlignmentProjector, ScaleAdapters, ScaleQueries
 from megatron_unimm.models.transformer_config import (
     language_connector_transformer_config,
     vision_transformer_config,
@@ -52,26 +52,6 @@ class ConditionInput:
     """``[Q]``: 0 where a condition is left out."""
     frame_of_token: Tensor
     """int64 ``[Q]``: of the text stream."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the stage that has the layer aligns hidden states to."""
-
-    images: VisionInput | None
-    """Pictures to be drawn; None where features were computed beforehand, or without any."""
-    features: Tensor | None
-    """``[V, F]``."""
-    feature_grids: list[tuple[int, int]]
-    """Rows and columns of the features of each."""
-    number_of: list[int]
-    """Of each frame that is drawn, which picture it is."""
-    grids: list[tuple[int, int]]
-    """Rows and columns of image tokens of each."""
-    chosen: Tensor
-    """int64: image tokens of this context rank that something is learned of."""
-    rows: Tensor
-    """int64: which of the tokens of all frames that are drawn each of these is."""
 
 
 @dataclass(frozen=True)
@@ -197,22 +177,13 @@ class HieraQueryModel(DrawingModel):
 
     def _alignment(self, hidden_tH: Tensor, targets: Targets | None) -> Tensor:
         assert targets is not None
-        if not len(targets.chosen):
-            # The projector takes part with nothing, so that its gradients are there on every rank.
-            return self.alignment_projector(hidden_tH[:1]).float().sum() * 0.0
-        found = self.alignment_projector(hidden_tH.index_select(0, targets.chosen))  # [n, F]
-        return cosine_loss(found, self._wanted(targets).index_select(0, targets.rows))
+        # Without deepstack levels.
+        width = self.stage.model.vision_encoder.out_size
+        return alignment_loss(self.alignment_projector, hidden_tH, targets, width, self._seen)
 
-    @torch.no_grad()
-    def _wanted(self, targets: Targets) -> Tensor:
-        """What the vision encoder sees at each token of the frames that are drawn, without deepstack levels."""
-        features = targets.features
-        if features is None:
-            assert targets.images is not None
-            tower = self.vlm.vision_encoder if self.has_own_encoder else self.base.vision_encoder
-            features = tower(targets.images)
-        size = self.stage.model.vision_encoder.out_size
-        return at_grids(features[:, :size], targets.feature_grids, targets.number_of, targets.grids)
+    def _seen(self, images: VisionInput) -> Tensor:
+        """What the vision encoder sees of pictures."""
+        return self.vlm.vision_encoder(images) if self.has_own_encoder else self.base.vision_encoder(images)
 
 
 def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, frozen: FrozenParts) -> ScaleVlm:

@@ -142,14 +142,19 @@ class MMCoreVlm(QueryVlm):
     # -- beside a diffusion transformer, whole on one stage
 
     def condition(self, batch: QueryBatch) -> tuple[Tensor, Tensor]:
-        """What the VLM says of a row: the last hidden states ``[T, H]``, and visual latents ``[Q, D]``, both whole on
+        """What the VLM says of a row: states of its tokens ``[T, H]``, and visual latents ``[Q, D]``, both whole on
         every rank."""
-        hidden = self.last_hidden(batch)  # [T / context, H]
-        latents = self.visual_latents(hidden, batch.queries)  # [q, D]
+        rows = self.student(self.enter(batch), batch.context)
+        hidden, for_latents = self.condition_states(rows)  # [T / context, H]
+        latents = self.visual_latents(for_latents, batch.queries)  # [q, D]
         if batch.local_index is not None:
             hidden = self.whole(hidden, batch.local_index, len(batch.input_ids))
             latents = self.whole(latents, batch.queries.rows, len(batch.queries.index))
         return hidden, latents
+
+    def condition_states(self, rows_r1H: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`states`, of what pictures are drawn from."""
+        return self.states(rows_r1H)
 
 
 def keeps_vision_encoder(stage: StageConfig, frozen: FrozenParts) -> bool:

@@ -31,10 +31,14 @@ class VisionInput:
         cls, patches: np.ndarray, grids: np.ndarray, config: VisionEncoder, device: torch.device, dtype: torch.dtype
     ) -> "VisionInput":
         """From the loader's arrays: patches float32 ``[P, patch_dim]``, grids int64 ``[N, 3]``."""
-        on_device = torch.from_numpy(patches).to(device, dtype, non_blocking=True)
+        return cls.of(torch.from_numpy(patches).to(device, dtype, non_blocking=True), grids, config)
+
+    @classmethod
+    def of(cls, patches: Tensor, grids: np.ndarray, config: VisionEncoder) -> "VisionInput":
+        """From patches that are on the device."""
         if isinstance(config, Qwen25VisionConfig):
-            return cls._in_windows(on_device, grids, config)
-        return cls._with_positions(on_device, grids, config)
+            return cls._in_windows(patches, grids, config)
+        return cls._with_positions(patches, grids, config)
 
     @classmethod
     def _in_windows(cls, patches: Tensor, grids: np.ndarray, config: Qwen25VisionConfig) -> "VisionInput":

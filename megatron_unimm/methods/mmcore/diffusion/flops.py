@@ -7,7 +7,7 @@ conditions that were computed beforehand the VLM costs nothing.
 
 import numpy as np
 
-from megatron_unimm.config.methods import MMCoreDiffusionConfig
+from megatron_unimm.config.methods import PathwayDiffusionConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample
 from megatron_unimm.methods.drawing.flops import MMDiTLoad, frames_load, mmdit_cost
@@ -52,7 +52,7 @@ def sample_flops(sample: FrameSample, stage: StageConfig) -> float:
 
 
 def sees_earlier_latents(stage: StageConfig) -> bool:
-    return isinstance(stage.method, MMCoreDiffusionConfig) and stage.method.earlier_latents
+    return isinstance(stage.method, PathwayDiffusionConfig) and stage.method.earlier_latents
 
 
 def load_of(row: FrameRow) -> MMDiTLoad:

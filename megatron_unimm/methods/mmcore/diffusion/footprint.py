@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from megatron_unimm.config.data import SampleKind
-from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDrawing, PathwayDiffusionConfig
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
@@ -47,10 +47,10 @@ class DiffusionFootprints:
         return place.first, place.last, tuple(block_kinds(stage.generator.mmdit, place.layers).items())
 
     def chunk(self, stage: StageConfig, spread: Spread, place: ChunkPlace, row: FrameRow) -> ChunkFootprint:
-        return _Chunk(stage, spread, place, row).footprint()
+        return DiffusionChunk(stage, spread, place, row).footprint()
 
 
-class _Chunk(DrawingChunk):
+class DiffusionChunk(DrawingChunk):
     """One chunk of one stage, and one row."""
 
     def __init__(self, stage: StageConfig, spread: Spread, place: ChunkPlace, row: FrameRow) -> None:
@@ -61,12 +61,17 @@ class _Chunk(DrawingChunk):
             vectors=num_vectors(stage) or max(1, len(row.frames)),
             pictures=int(row.pictures.prod(axis=1).sum()),
             drawn=int(row.frames.counts.sum()),
-            travelling=travelling_rows(stage),
+            travelling=self.travelling_rows(stage),
         )
         rules = stage.train.trainable
         super().__init__(stage, spread, place, load, not all(is_frozen(part, rules) for part in CONDITION))
         self.pathways_train = not is_frozen("pathways", rules)
         self.vlm = self._vlm() if place.first else None
+
+    @staticmethod
+    def travelling_rows(stage: StageConfig) -> int:
+        """Between pipeline stages."""
+        return travelling_rows(stage)
 
     def _vlm(self) -> ChunkFootprint:
         """All of the VLM, whose last hidden states are what the pathways read; of what was computed beforehand it has
@@ -75,7 +80,7 @@ class _Chunk(DrawingChunk):
         spread = Spread.of(stage.system, self.spread.fused)
         place = ChunkPlace(first=True, last=True, layers=range(stage.model.backbone.num_layers))
         load = QueryLoad.without_teacher(self.row.conversation, self.row.num_images, stage)
-        found = QueryChunk(stage, spread, place, load, teacher=None, prefix=VLM).footprint()
+        found = self.vlm_chunk(stage, spread, place, load).footprint()
         if not self.stage.data.condition_cache:
             return found
         numbers = len(self.row.word_index) * stage.model.backbone.hidden_size
@@ -91,6 +96,10 @@ class _Chunk(DrawingChunk):
             backward=Flops(),
         )
 
+    def vlm_chunk(self, stage: StageConfig, spread: Spread, place: ChunkPlace, load: QueryLoad) -> QueryChunk:
+        """All of the VLM."""
+        return QueryChunk(stage, spread, place, load, teacher=None, prefix=VLM)
+
     def footprint(self) -> ChunkFootprint:
         found = super().footprint()
         largest = 0 if self.vlm is None else self.vlm.largest_weight
@@ -103,7 +112,7 @@ class _Chunk(DrawingChunk):
         pathways = pathways_weights(self.mmdit, words, queries.latent_size(self.stage.model), queries.num_queries)
         embedding = self.method.max_frames * self.mmdit.hidden_size * isinstance(self.mmdit, Sd3Config)
         features = Weights(0)
-        if isinstance(self.method, MMCoreDiffusionConfig) and self.method.vit_features:
+        if isinstance(self.method, PathwayDiffusionConfig) and self.method.vit_features:
             width = self.stage.model.vision_encoder.out_size
             features = Weights(width + (width + 1) * self.mmdit.hidden_size)
         return [

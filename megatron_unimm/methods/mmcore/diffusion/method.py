@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_unimm.config.layout import stream_multiple
-from megatron_unimm.config.methods import DropoutSchedule, MMCoreDiffusionConfig, MMCoreDrawing
+from megatron_unimm.config.methods import DropoutSchedule, MMCoreDrawing, PathwayDiffusionConfig
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow, FrameSample, FrameWork
 from megatron_unimm.data.sizes import check_size
@@ -44,7 +44,7 @@ class MMCoreDiffusion:
     weights: tuple[float, ...] = WEIGHTS
 
     def __init__(self, stage: StageConfig, platform: Platform, groups: ParallelGroups) -> None:
-        assert isinstance(stage.method, MMCoreDiffusionConfig)
+        assert isinstance(stage.method, PathwayDiffusionConfig)
         assert stage.generator is not None
         self.stage = stage
         self.config = stage.method
@@ -130,8 +130,12 @@ def feature_places(row: FrameRow, stage: StageConfig, device: torch.device) -> F
 NO_DROPOUT = DropoutSchedule(start=0.0, end=0.0)
 
 
-def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
-    """What is done to samples; see :meth:`MMCoreDiffusion.work`."""
+def frame_work(stage: StageConfig, data: DataSetup, with_targets: bool = False) -> FrameWork:
+    """What is done to samples; see :meth:`MMCoreDiffusion.work`.
+
+    Args:
+        with_targets: pictures to be drawn are also looked at by a vision encoder.
+    """
     method = stage.method
     assert isinstance(method, MMCoreDrawing)
     assert stage.generator is not None
@@ -140,7 +144,7 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
     check_size(stage.data.drawing_size, stage.generator.token_pixels, "data.drawing_size")
     parallel = stage.system.parallel
     aligned = alignment(stage)
-    drops = isinstance(method, MMCoreDiffusionConfig)
+    drops = isinstance(method, PathwayDiffusionConfig)
     return FrameWork(
         generator=stage.generator,
         chat=data.chat(),
@@ -157,4 +161,6 @@ def frame_work(stage: StageConfig, data: DataSetup) -> FrameWork:
         vlm_multiple=aligned * (parallel.tensor if parallel.sequence else 1),
         latents=data.latents,
         conditions=data.conditions,
+        with_targets=with_targets,
+        features=data.features if with_targets else None,
     )

@@ -12,11 +12,12 @@ computed beforehand (``data/conditions.py``), and it is only kept.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_unimm.config.methods import MMCoreDiffusionConfig, MMCoreDrawing
+from megatron_unimm.config.methods import MMCoreDrawing, PathwayDiffusionConfig
 from megatron_unimm.config.mmdit import Sd3Config
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.frames import FrameRow
@@ -78,8 +79,9 @@ class MMCoreDiffusionModel(DrawingModel):
         groups: ParallelGroups,
         frozen: FrozenParts,
         virtual_stage: int = 0,
+        tap_after: int | None = None,
     ) -> None:
-        super().__init__(stage, platform, groups, virtual_stage)
+        super().__init__(stage, platform, groups, virtual_stage, tap_after)
         method, queries, mmdit = stage.method, stage.queries, self.model.mmdit
         assert isinstance(method, MMCoreDrawing)
         assert queries is not None
@@ -87,7 +89,7 @@ class MMCoreDiffusionModel(DrawingModel):
             used = add_lora(self.mmdit, method.lora, self.backend, groups.collection, stage.train.seed)
             self.lora_used["method.lora"] = used
         if self.pre_process:
-            self.vlm = build_vlm(stage, platform, groups, frozen)
+            self.vlm = self.new_vlm(frozen)
             self.lora_used |= self.vlm.lora_used
             # Its weights come from the seed alone, not from what this rank drew before: the same at every layout.
             torch.manual_seed(stage.train.seed)
@@ -101,9 +103,13 @@ class MMCoreDiffusionModel(DrawingModel):
             if isinstance(mmdit, Sd3Config):
                 self.frame_embedding = torch.nn.Embedding(method.max_frames, mmdit.hidden_size)
                 torch.nn.init.zeros_(self.frame_embedding.weight)
-            if isinstance(method, MMCoreDiffusionConfig) and method.vit_features:
+            if isinstance(method, PathwayDiffusionConfig) and method.vit_features:
                 self.vit_features = VitFeatures(stage.model.vision_encoder.out_size, mmdit.hidden_size)
         self.freeze_base()
+
+    def new_vlm(self, frozen: FrozenParts) -> MMCoreVlm:
+        """Whole on this pipeline stage."""
+        return build_vlm(self.stage, self.platform, self.groups, frozen)
 
     def checkpoint_name(self, name: str) -> str:
         return name.removeprefix(VLM)
@@ -138,11 +144,20 @@ class MMCoreDiffusionModel(DrawingModel):
         return self.frame_embedding(canvas.frame_number) if isinstance(self.model.mmdit, Sd3Config) else None
 
 
-def build_vlm(stage: StageConfig, platform: Platform, groups: ParallelGroups, frozen: FrozenParts) -> MMCoreVlm:
+VlmT = TypeVar("VlmT", bound=MMCoreVlm)
+
+
+def build_vlm(
+    stage: StageConfig,
+    platform: Platform,
+    groups: ParallelGroups,
+    frozen: FrozenParts,
+    kind: type[VlmT] = MMCoreVlm,
+) -> VlmT:
     """The VLM of a stage, whole on each of its pipeline stages."""
     assert stage.queries is not None
     whole = groups.without_pipeline()
-    return MMCoreVlm(vlm_stage(stage), stage.queries, platform, whole, frozen, with_teacher=False)
+    return kind(vlm_stage(stage), stage.queries, platform, whole, frozen, with_teacher=False)
 
 
 def conversation_of(vlm: MMCoreVlm, row: FrameRow) -> QueryBatch:
@@ -151,6 +166,6 @@ def conversation_of(vlm: MMCoreVlm, row: FrameRow) -> QueryBatch:
 
 
 def condition_of(vlm: MMCoreVlm, row: FrameRow) -> tuple[Tensor, Tensor]:
-    """What a VLM says of a row: the last hidden states at its words ``[V, H]``, and visual latents ``[Q, D]``."""
+    """What a VLM says of a row: states at its words ``[V, H]``, and visual latents ``[Q, D]``."""
     hidden, latents = vlm.condition(conversation_of(vlm, row))
     return hidden.index_select(0, torch.from_numpy(row.word_index).to(hidden.device)), latents

@@ -37,7 +37,7 @@ class RoutedChunk(QueryChunk):
     def parts(self) -> list[tuple[Weights, bool]]:
         routing, hidden = self.stage.routing, self.backbone.hidden_size
         each = 1 + hidden * (routing is not None and routing.mode == "dynamic")
-        return [*super().parts(), (Weights(self._mixed_here * each), True)]
+        return [*super().parts(), (Weights(self._mixed_here * each), self.trained.backbone)]
 
     def _layers_kept(self) -> Kept:
         kept, routing = super()._layers_kept(), self.stage.routing

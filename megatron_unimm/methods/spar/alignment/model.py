@@ -30,6 +30,11 @@ class SparVlm(MMCoreVlm):
         hidden, mixture = self.backbone.mixture(rows_r1H)
         return self.backbone.gather(hidden)[:, 0], self.backbone.gather(mixture.mixed[:, None])[:, 0]
 
+    def condition_states(self, rows_r1H: Tensor) -> tuple[Tensor, Tensor]:
+        """ "Each token" that pictures are drawn from mixes layers by itself: words as queries do."""
+        mixed = self.states(rows_r1H)[1]
+        return mixed, mixed
+
     def _losses(self, rows_r1H: Tensor, batch: MMCoreBatch) -> Tensor:
         """And the balance of the routers over the queries of each picture, float32 ``[3]``."""
         found = super()._losses(rows_r1H, batch)

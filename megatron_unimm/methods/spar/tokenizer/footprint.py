@@ -11,6 +11,7 @@ import torch
 
 from megatron_unimm.config.data import SampleKind
 from megatron_unimm.config.methods import AdversarialConfig, SparTokenizerConfig
+from megatron_unimm.config.model import VisionEncoder
 from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.config.tokenizer import StreamLayersConfig, TokenizerConfig
 from megatron_unimm.data.pictures import PictureRow
@@ -93,41 +94,23 @@ class _Chunk:
                 "sent": nothing,
             },
             inputs=self.patches * (self.encoder.patch_dim * item + 24),
-            largest_weight=max(2 * part.hidden_size * part.mlp_size for part in self._streams()),
+            largest_weight=max(2 * part.hidden_size * part.mlp_size for part in streams_of(self.model)),
             forward=sum((Flops.forward(work) for work, _ in found), Flops()),
             backward=sum((Flops.backward(work, *gradient) for work, gradient in found), Flops()),
             forward_traffic=traffic,
             backward_traffic=traffic,
         )
 
-    def _streams(self) -> list[StreamLayersConfig]:
-        model = self.model
-        return [model.semantic, *([] if model.pixel is None else [model.pixel]), model.decoder]
-
     # -- weights
 
     def _parts(self) -> list[tuple[Weights, bool]]:
         tensor, rules = self.spread.parallel.tensor, self.stage.train.trainable
-        found = [(vision_weights(self.encoder, tensor), self.sees), (self._tokenizer_weights(), self.learns)]
+        tokenizer = tokenizer_weights(self.model, self.encoder, tensor)
+        found = [(vision_weights(self.encoder, tensor), self.sees), (tokenizer, self.learns)]
         if self.method.adversarial is not None:
             weights = discriminator_weights(self.method.adversarial.model_dump_json())
             found.append((Weights(weights), not is_frozen("discriminator", rules)))
         return found
-
-    def _tokenizer_weights(self) -> Weights:
-        model, encoder, tensor = self.model, self.encoder, self.spread.parallel.tensor
-        width, channels, inner = encoder.out_size, model.latent_channels, model.semantic.hidden_size
-        layers = sum((stream_weights(part, tensor) for part in self._streams()), Weights())
-        rest = 2 * width + _linear(width, inner) + _linear(inner, width)  # semantic stream
-        rest += 2 * width + _linear(width, channels)
-        if model.pixel is not None:
-            pixel = model.pixel
-            rest += _linear(3 * encoder.token_pixels**2, pixel.hidden_size) + _linear(pixel.hidden_size, channels)
-            if pixel.encoder_layers:
-                joined = len(pixel.encoder_layers) * encoder.spatial_merge_size**2 * encoder.hidden_size
-                rest += 2 * encoder.hidden_size + _linear(joined, pixel.hidden_size)
-        rest += _decoder_ends(model, encoder.token_pixels)
-        return layers + Weights(rest + _linear(channels, width) + _linear(width, width))
 
     # -- activations
 
@@ -135,7 +118,7 @@ class _Chunk:
         if not self.learns:
             return Kept()
         kept = Kept()
-        for part in self._streams():
+        for part in streams_of(self.model):
             kept += layer_kept(_shape(part), self.spread, self.cells, trains=True).times(part.num_layers)
         return kept
 
@@ -159,10 +142,31 @@ class _Chunk:
     def _traffic(self) -> Traffic:
         """Two sums per layer, of cells or patches."""
         tensor, item = exchanged(self.spread.parallel.tensor), self.spread.itemsize
-        cells = sum(4 * self.cells * part.hidden_size * part.num_layers for part in self._streams())
+        cells = sum(4 * self.cells * part.hidden_size * part.num_layers for part in streams_of(self.model))
         towers = 1 + self.sees + bool(self.method.loss_weights.perceptual)
         patches = 4 * towers * self.patches * self.encoder.hidden_size * self.encoder.num_layers
         return Traffic(tensor=tensor * item * (cells + patches))
+
+
+def streams_of(model: TokenizerConfig) -> list[StreamLayersConfig]:
+    """What has transformer layers."""
+    return [model.semantic, *([] if model.pixel is None else [model.pixel]), model.decoder]
+
+
+def tokenizer_weights(model: TokenizerConfig, encoder: VisionEncoder, tensor: int) -> Weights:
+    """Everything behind the vision encoder."""
+    width, channels, inner = encoder.out_size, model.latent_channels, model.semantic.hidden_size
+    layers = sum((stream_weights(part, tensor) for part in streams_of(model)), Weights())
+    rest = 2 * width + _linear(width, inner) + _linear(inner, width)  # semantic stream
+    rest += 2 * width + _linear(width, channels)
+    if model.pixel is not None:
+        pixel = model.pixel
+        rest += _linear(3 * encoder.token_pixels**2, pixel.hidden_size) + _linear(pixel.hidden_size, channels)
+        if pixel.encoder_layers:
+            joined = len(pixel.encoder_layers) * encoder.spatial_merge_size**2 * encoder.hidden_size
+            rest += 2 * encoder.hidden_size + _linear(joined, pixel.hidden_size)
+    rest += _decoder_ends(model, encoder.token_pixels)
+    return layers + Weights(rest + _linear(channels, width) + _linear(width, width))
 
 
 def _linear(wide: int, to: int) -> int:
