@@ -39,7 +39,6 @@ def check_chain(stage: StageConfig, steps: list[ChunkStep]) -> None:
     assert sum(step.trained for step in steps) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("path", "stage_name"), STAGES)
 def test_every_recipe_at_its_real_size(path: str, stage_name: str, repo: Path) -> None:
     """On 512 ranks, one of each pipeline stage."""
