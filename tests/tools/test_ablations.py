@@ -1,6 +1,7 @@
 """The tools that train the rows of an ablation: what they would run, that nothing is run twice, and what they say of
 failures."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from typing import Any
 import ablate_hieraquery
 import ablate_mmcore
 import ablate_orion
+import ablate_spar
 import ablation
 import pytest
 from ablate_mmcore import ABLATIONS, RECIPE, Budget
 from ablation import Training, distinct
 from PIL import Image
 
+from megatron_unimm.config.layout import check_layout
 from megatron_unimm.config.load import load_recipe, select_stage
 from megatron_unimm.config.methods import HieraQueryConfig, MMCoreDiffusionConfig
 from megatron_unimm.config.recipe import StageConfig
@@ -166,6 +169,37 @@ def test_hieraquery_pictures(
     assert [line.split()[:2] for line in lines] == [["unimm", "train"]] * 2 + [["unimm", "generate"]] * 4
     assert sum("--all-scales --prompt 'two circles'" in line for line in lines) == 2
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ablate_spar.ABLATIONS)
+def test_spar_rows_are_recipes_of_one_budget(name: str, tmp_path: Path) -> None:
+    """What draws is built as the language model before it, in the space of a tokenizer that is trained before."""
+    options = argparse.Namespace(
+        run_dir=tmp_path, tokenizer_steps=5, alignment_steps=4, steps=3, every=2, curve_samples=1
+    )
+    table = ablate_spar.ABLATIONS[name](options)
+    assert len({row.training for row in table.rows}) == len(table.rows)
+    budget = {"tokenizer": 5, "alignment": 4, "joint": 3}
+    for row in table.rows:
+        chain = row.training.chain()
+        stages = [stage for training in chain for stage in stages_of(training)]
+        assert [stage.name for stage in stages] == list(budget)[: len(stages)]
+        assert [stage.train.steps for stage in stages] == [budget[stage.name] for stage in stages]
+        assert all(check_layout(stage, 1) == 1 for stage in stages)
+        if len(stages) == 3:
+            assert stages[1].routing == stages[2].routing
+            assert Path(stages[2].tokenizer_checkpoint) == tmp_path / chain[0].name / "tokenizer"
+    if name == "teacher":
+        methods = [stages_of(row.training)[0].method for row in table.rows]
+        assert [m.alignment.teacher if m.alignment else None for m in methods] == ["internal", "external", None]
+
+
+def test_steps_to_a_score() -> None:
+    """From where on it stays there."""
+    points = [(10, 0.1), (20, 0.6), (30, 0.4), (40, 0.5), (50, 0.8)]
+    assert ablate_spar.steps_to(points, 0.5) == 40
+    assert ablate_spar.steps_to(points, 0.05) == 10
+    assert ablate_spar.steps_to(points, 0.9) is None
 
 
 def test_orion_rows_are_recipes() -> None:
