@@ -27,6 +27,7 @@ from tiny_mmcore import (
     FLUX,
     LORA,
     PLAIN,
+    POLICY,
     QWEN3,
     cut,
     dropped,
@@ -105,18 +106,21 @@ def drawn(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides"),
+    ("family", "overrides", "stage"),
     [
-        ("qwen2_5_vl", ()),
-        ("qwen2_5_vl", (DUAL,)),
-        ("qwen2_5_vl", FLUX),
-        ("qwen2_5_vl", CONNECTOR),
-        ("qwen3_vl", QWEN3),
+        ("qwen2_5_vl", (), "diffusion"),
+        ("qwen2_5_vl", (DUAL,), "diffusion"),
+        ("qwen2_5_vl", FLUX, "diffusion"),
+        ("qwen2_5_vl", CONNECTOR, "diffusion"),
+        ("qwen3_vl", QWEN3, "diffusion"),
+        ("qwen2_5_vl", POLICY, "policy"),
     ],
-    ids=["sd3", "sd3.5", "flux", "connector", "qwen3"],
+    ids=["sd3", "sd3.5", "flux", "connector", "qwen3", "policy"],
 )
-def test_the_pipeline_draws_the_same_pictures(exported: Folders, family: str, overrides: tuple[str, ...]) -> None:
-    checkpoint, folder = exported(*overrides, family=family)
+def test_the_pipeline_draws_the_same_pictures(
+    exported: Folders, family: str, overrides: tuple[str, ...], stage: str
+) -> None:
+    checkpoint, folder = exported(*overrides, family=family, name=stage)
     expected = drawn(checkpoint)
     pipeline = MMCorePipeline.from_pretrained(folder)
     for name, (prompt, pictures) in ASKED.items():

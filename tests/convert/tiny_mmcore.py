@@ -75,6 +75,8 @@ QWEN3 = (
     "model.backbone.qkv_bias=false",
     "model.backbone.qk_norm=true",
 )
+POLICY = tuple(each.replace(".diffusion.", ".policy.") for each in SMALL if each.startswith("stages.diffusion."))
+"""For the stage that learns from rewards."""
 PLAIN = "stages.diffusion.train.ema_decay=null"
 """Without a running average."""
 LORA = "queries.lora={rank: 4, alpha: 6}"
