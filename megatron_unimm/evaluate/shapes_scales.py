@@ -153,7 +153,7 @@ def sheet(items: Sequence[PromptItem], drawn: Sequence[Drawn]) -> list[tuple[str
 
 SUITE = Suite(
     name=NAME,
-    about="agreement of the pictures of one prompt over a model's scales, judged on pixels",
+    about="agreement of one prompt's pictures over a model's scales",
     num_samples=20,
     draws=True,
     needs_targets=False,

@@ -121,7 +121,7 @@ class QueryChunk(VlmChunk):
         teacher: SiglipConfig | VisionEncoder | None,
         prefix: str = "",
     ) -> None:
-        self.vlm, self.teacher = vlm_of(stage), teacher
+        self.vlm, self.teacher, self.prefix = vlm_of(stage), teacher, prefix
         self.connector_trains = not is_frozen(f"{prefix}query_connector", stage.train.trainable)
         frozen = frozen_parts(stage, prefix)
         trained = Trained(

@@ -8,7 +8,9 @@ from megatron_unimm.config.recipe import StageConfig
 from megatron_unimm.data.queries import QueryRow
 from megatron_unimm.methods.footprint import ChunkFootprint, ChunkPlace
 from megatron_unimm.methods.mmcore.footprint import MMCoreFootprints, QueryChunk, QueryLoad, teacher_of
+from megatron_unimm.models.backbone.routing import ROUTER_MARK
 from megatron_unimm.models.memory import FLOAT, Kept, Spread, Weights
+from megatron_unimm.models.trainable import matching_rule
 
 
 class AlignmentFootprints(MMCoreFootprints):
@@ -37,7 +39,8 @@ class RoutedChunk(QueryChunk):
     def parts(self) -> list[tuple[Weights, bool]]:
         routing, hidden = self.stage.routing, self.backbone.hidden_size
         each = 1 + hidden * (routing is not None and routing.mode == "dynamic")
-        return [*super().parts(), (Weights(self._mixed_here * each), self.trained.backbone)]
+        rule = matching_rule(f"{self.prefix}backbone.{ROUTER_MARK}", self.stage.train.trainable)
+        return [*super().parts(), (Weights(self._mixed_here * each), rule is not None and rule.train)]
 
     def _layers_kept(self) -> Kept:
         kept, routing = super()._layers_kept(), self.stage.routing
