@@ -162,5 +162,4 @@ def frame_work(stage: StageConfig, data: DataSetup, with_targets: bool = False) 
         latents=data.latents,
         conditions=data.conditions,
         with_targets=with_targets,
-        features=data.features if with_targets else None,
     )

@@ -94,7 +94,7 @@ class _Chunk(DiffusionChunk):
         if self.is_internal:
             is_there = first or (self.place.last and not self.stage.data.latent_cache)
             return found if is_there else found + self.autoencoder_weights()
-        is_there = (first and frozen_vlm(self.stage).vision_encoder) or bool(self.stage.data.feature_cache)
+        is_there = first and frozen_vlm(self.stage).vision_encoder
         return found if is_there else found + vision_weights(self.encoder, self.spread.parallel.tensor)
 
     # -- activations

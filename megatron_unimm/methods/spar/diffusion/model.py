@@ -84,7 +84,7 @@ class SparModel(MMCoreDiffusionModel):
         if is_internal:
             if not self.pre_process and "vae" not in dict(self.base.named_children()):
                 self.base.vae = build_autoencoder(self.stage, self.platform, self.groups)
-        elif not self.has_own_encoder and not self.stage.data.feature_cache:
+        elif not self.has_own_encoder:
             encoder = self.stage.model.vision_encoder
             config = vision_transformer_config(encoder, self.stage.system, self.platform)
             self.base.vision_encoder = build_vision_encoder(encoder, config, self.backend, self.groups.alone())
